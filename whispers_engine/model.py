@@ -1,0 +1,84 @@
+"""The frozen base: a lean decoder over ragged rows. One forward computes any mix of prefill, branch start and decode."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from whispers_kernels import Plan, committee_attention, embed_rows, rms_norm, rope_and_store, silu_mul
+
+from .config import ModelConfig
+from .kv_cache import PagePool
+from .weights import Weights
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The rows of one step, on the model's device."""
+
+    ids: Tensor  # int64 [R]; token ids; from the vocabulary's size on, rows of `soft`
+    soft: Tensor | None  # [P, hidden] virtual token embeddings of this step's rows
+    slots: Tensor  # int64 [R] where each row's key goes in the pool
+    plan: Plan
+
+
+class Model:
+    """A decoder of the Llama, Mistral, Qwen2 or Qwen3 family over a page pool.
+
+    Args:
+        config: its shape.
+        weights: its weights; their dtype is the dtype of the computation.
+        impl: the kernels' implementation.
+    """
+
+    def __init__(self, config: ModelConfig, weights: Weights, impl: str = "auto"):
+        self.config = config
+        self.weights = weights
+        self.impl = impl
+        self.dtype = weights.embeddings.dtype
+        self.device = weights.embeddings.device
+        self._inverse = config.inverse_frequencies().to(self.device)
+
+    def rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosine and sine of every position's rotary angles, float32 `[R, D/2]`; positions may be negative."""
+        angle = positions.float()[:, None] * self._inverse
+        return angle.cos(), angle.sin()
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch, pool: PagePool) -> Tensor:
+        """Writes the rows' keys and values into the pool and returns their final, normalised hidden states `[R, hidden]`."""
+        config, impl = self.config, self.impl
+        widths = [config.q_heads * config.head_dim, config.kv_heads * config.head_dim, config.kv_heads * config.head_dim]
+        cos, sin = self.rotation(batch.plan.position)  # once a step, for all layers
+        x = embed_rows(batch.ids, self.weights.embeddings, batch.soft, impl=impl)  # [R, hidden]
+        residual: Tensor | None = None
+        for index, layer in enumerate(self.weights.layers):
+            x, residual = self._norm(x, layer.attn_norm, residual)
+            q, k, v = (
+                part.unflatten(1, (-1, config.head_dim))  # [R, H, D]
+                for part in F.linear(x, layer.qkv, layer.qkv_bias).split(widths, dim=1)
+            )
+            if layer.q_norm is not None and layer.k_norm is not None:
+                q = cast(Tensor, rms_norm(q, layer.q_norm, config.norm_eps, impl=impl))
+                k = cast(Tensor, rms_norm(k, layer.k_norm, config.norm_eps, impl=impl))
+            q = rope_and_store(q, k, v, cos, sin, batch.slots, pool.k[index], pool.v[index], impl=impl)
+            attended = cast(Tensor, committee_attention(q, pool.k[index], pool.v[index], batch.plan, impl=impl))
+            x = F.linear(attended.flatten(1), layer.out, layer.out_bias)
+            x, residual = self._norm(x, layer.mlp_norm, residual)
+            x = F.linear(silu_mul(F.linear(x, layer.gate_up, layer.gate_up_bias), impl=impl), layer.down, layer.down_bias)
+        return self._norm(x, self.weights.norm, residual)[0]
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Next-token logits `[R, V]` of final hidden states `[R, hidden]`, in the model's dtype."""
+        return F.linear(hidden, self.weights.head)
+
+    def _norm(self, x: Tensor, weight: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Normalises x plus the residual; returns that and the new residual."""
+        if residual is None:
+            return cast(Tensor, rms_norm(x, weight, self.config.norm_eps, impl=self.impl)), x
+        return cast("tuple[Tensor, Tensor]", rms_norm(x, weight, self.config.norm_eps, residual, impl=self.impl))

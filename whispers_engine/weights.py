@@ -1,0 +1,159 @@
+"""A base model's weights, straight from memory-mapped safetensors, and the fingerprint that ties experts to them."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .config import ModelConfig, read_json
+from .errors import WhispersError
+
+_SIGNS_PER_TENSOR = 4096
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """One decoder layer. Projections that read the same input are one matrix."""
+
+    attn_norm: Tensor  # [hidden]
+    qkv: Tensor  # [(Hq + 2 Hkv) D, hidden]
+    qkv_bias: Tensor | None
+    q_norm: Tensor | None  # [D]
+    k_norm: Tensor | None
+    out: Tensor  # [hidden, Hq D]
+    out_bias: Tensor | None
+    mlp_norm: Tensor  # [hidden]
+    gate_up: Tensor  # [2 I, hidden]
+    gate_up_bias: Tensor | None
+    down: Tensor  # [hidden, I]
+    down_bias: Tensor | None
+
+
+@dataclass(frozen=True)
+class Weights:
+    """All weights of a base, in one dtype on one device."""
+
+    embeddings: Tensor  # [V, hidden]
+    layers: tuple[LayerWeights, ...]
+    norm: Tensor  # [hidden]
+    head: Tensor  # [V, hidden]; the embeddings themselves where they are tied
+
+
+class Checkpoint:
+    """The tensors of a folder's safetensors files, by name, memory-mapped.
+
+    Raises:
+        WhispersError: no safetensors (pickles are never read), a shard that is missing or damaged, a tensor that is missing or misshapen.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+        if single.is_file():
+            files = [single]
+        elif index.is_file():
+            # Names from a file of the folder: a name that leads out of it is refused, whatever it points to.
+            names = sorted({str(name) for name in read_json(index).get("weight_map", {}).values()})
+            files = [folder / name for name in names]
+            for file in files:
+                if file.parent != folder or not file.is_file():
+                    raise WhispersError(f"{index}: names the shard {file.name!r}, which is not in {folder}")
+        else:
+            pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
+            found = f"pickles ({', '.join(pickles)}), which are never read" if pickles else "no weights"
+            raise WhispersError(f"{folder}: holds {found}; accepted: model.safetensors, or its index and shards")
+        self._where: dict[str, Any] = {}
+        for file in files:
+            try:
+                handle = safe_open(file, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise WhispersError(f"{file}: not a safetensors file: {error}") from error
+            self._where.update(dict.fromkeys(handle.keys(), handle))
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._where
+
+    def tensor(self, name: str, *shape: int) -> Tensor:
+        if name not in self._where:
+            raise WhispersError(f"{self.folder}: the tensor {name!r} is missing; its config.json asks for it, {list(shape)}")
+        value = self._where[name].get_tensor(name)
+        if tuple(value.shape) != shape:
+            raise WhispersError(
+                f"{self.folder}: the tensor {name!r} is {list(value.shape)}; its config.json asks for {list(shape)}"
+            )
+        if not value.dtype.is_floating_point or value.dtype.itemsize < 2:
+            raise WhispersError(
+                f"{self.folder}: the tensor {name!r} holds {value.dtype}; accepted: float32, bfloat16, float16"
+            )
+        return value
+
+    def fingerprint(self, config: ModelConfig) -> str:
+        """Names the base: the shape of the model and the signs of each tensor's first weights.
+
+        Signs, since rounding to another dtype never changes one (not even when a value becomes zero), while another training does.
+        """
+        digest = hashlib.sha256()
+        shape = (config.vocab_size, config.hidden_size, config.num_layers, config.q_heads, config.kv_heads, config.head_dim)
+        digest.update(repr((config.family, shape, config.rope_type, config.rope)).encode())
+        for name in sorted(self._where):
+            if name == "lm_head.weight" and config.tied_head:
+                continue  # some files repeat the embeddings under this name, some do not
+            value = self._where[name].get_tensor(name)
+            signs = torch.signbit(value.flatten()[:_SIGNS_PER_TENSOR])
+            digest.update(f"{name} {list(value.shape)}".encode())
+            digest.update(np.packbits(signs.numpy()).tobytes())
+        return digest.hexdigest()[:32]
+
+
+def load_weights(checkpoint: Checkpoint, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Weights:
+    """Reads every weight that the decoder needs. Raises WhispersError as `Checkpoint` does, before anything is computed."""
+
+    hidden, mlp, dim = config.hidden_size, config.intermediate_size, config.head_dim
+    q_width, kv_width = config.q_heads * dim, config.kv_heads * dim
+
+    def get(name: str, *shape: int) -> Tensor:
+        return checkpoint.tensor(name, *shape).to(device=device, dtype=dtype)
+
+    def stack(layer: str, parts: dict[str, int], *width: int) -> Tensor:
+        return torch.cat([get(f"{layer}.{part}", rows, *width) for part, rows in parts.items()])
+
+    layers = []
+    for index in range(config.num_layers):
+        layer = f"model.layers.{index}"
+        attn = f"{layer}.self_attn"
+        heads = {"q": q_width, "k": kv_width, "v": kv_width}
+        gates = {"gate": mlp, "up": mlp}
+        layers.append(
+            LayerWeights(
+                attn_norm=get(f"{layer}.input_layernorm.weight", hidden),
+                qkv=stack(attn, {f"{name}_proj.weight": rows for name, rows in heads.items()}, hidden),
+                qkv_bias=stack(attn, {f"{name}_proj.bias": rows for name, rows in heads.items()})
+                if config.qkv_bias
+                else None,
+                q_norm=get(f"{attn}.q_norm.weight", dim) if config.qk_norm else None,
+                k_norm=get(f"{attn}.k_norm.weight", dim) if config.qk_norm else None,
+                out=get(f"{attn}.o_proj.weight", hidden, q_width),
+                out_bias=get(f"{attn}.o_proj.bias", hidden) if config.out_bias else None,
+                mlp_norm=get(f"{layer}.post_attention_layernorm.weight", hidden),
+                gate_up=stack(f"{layer}.mlp", {f"{name}_proj.weight": rows for name, rows in gates.items()}, hidden),
+                gate_up_bias=stack(f"{layer}.mlp", {f"{name}_proj.bias": rows for name, rows in gates.items()})
+                if config.mlp_bias
+                else None,
+                down=get(f"{layer}.mlp.down_proj.weight", hidden, mlp),
+                down_bias=get(f"{layer}.mlp.down_proj.bias", hidden) if config.mlp_bias else None,
+            )
+        )
+    embeddings = get("model.embed_tokens.weight", config.vocab_size, hidden)
+    return Weights(
+        embeddings=embeddings,
+        layers=tuple(layers),
+        norm=get("model.norm.weight", hidden),
+        head=embeddings if config.tied_head else get("lm_head.weight", config.vocab_size, hidden),
+    )
