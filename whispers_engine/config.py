@@ -58,7 +58,9 @@ class ModelConfig:
 
         path = folder / "config.json"
         if not path.is_file():
-            raise WhispersError(f"{folder}: no config.json; accepted: a Hugging Face folder with config.json and safetensors")
+            raise WhispersError(
+                f"{folder}: no config.json; accepted: a Hugging Face folder with config.json and safetensors"
+            )
         family = read_json(path).get("model_type")
         if family not in FAMILIES:
             raise WhispersError(f"{path}: model_type {family!r} is not supported; accepted: {', '.join(FAMILIES)}")
@@ -75,7 +77,9 @@ class ModelConfig:
         if family == "llama" or (window is not None and window >= hf.max_position_embeddings):
             window = None
         layer_types = set(getattr(hf, "layer_types", None) or ["full_attention"])
-        refuse_unless(window is None and layer_types == {"full_attention"}, "sliding_window", window, "no active window")
+        refuse_unless(
+            window is None and layer_types == {"full_attention"}, "sliding_window", window, "no active window"
+        )
         refuse_unless(hf.hidden_act == "silu", "hidden_act", hf.hidden_act, "silu")
         quantized = getattr(hf, "quantization_config", None)
         refuse_unless(quantized is None, "quantization_config", quantized, "float32, bfloat16 or float16 weights")
@@ -138,5 +142,3 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise WhispersError(f"{path}: holds a JSON {type(value).__name__}; accepted: an object")
     return value
-
-

@@ -69,15 +69,21 @@ class Expert:
             raise WhispersError(f"{who}: kind {self.kind!r}; accepted: {', '.join(KINDS)}")
         accepted = PLACEMENTS if self.kind == "embeddings" else ("prefix", "detached")
         if self.placement not in accepted:
-            raise WhispersError(f"{who}: placement {self.placement!r} of kind {self.kind!r}; accepted: {', '.join(accepted)}")
+            raise WhispersError(
+                f"{who}: placement {self.placement!r} of kind {self.kind!r}; accepted: {', '.join(accepted)}"
+            )
         value = self.embeddings
         want = "[m, hidden]" if self.kind == "embeddings" else "[layers, 2, kv_heads, m, head_dim]"
         right = value.dim() == 2 if self.kind == "embeddings" else value.dim() == 5 and value.shape[1] == 2
         if not right or 0 in value.shape or not value.is_floating_point():
-            raise WhispersError(f"{who}: embeddings {list(value.shape)} {value.dtype}; accepted: {want} of a float dtype")
+            raise WhispersError(
+                f"{who}: embeddings {list(value.shape)} {value.dtype}; accepted: {want} of a float dtype"
+            )
         value = value.detach().to("cpu", torch.float32).contiguous()
         if not bool(torch.isfinite(value).all()):
-            raise WhispersError(f"{who}: {int((~torch.isfinite(value)).sum())} values are NaN or infinite; accepted: finite values")
+            raise WhispersError(
+                f"{who}: {int((~torch.isfinite(value)).sum())} values are NaN or infinite; accepted: finite values"
+            )
         object.__setattr__(self, "embeddings", value)
 
     @property
@@ -174,7 +180,9 @@ class Expert:
         if peft_type not in _PEFT_KINDS:
             raise WhispersError(f"{folder}: peft_type {peft_type!r}; accepted: {', '.join(_PEFT_KINDS)}")
         if config.get("num_transformer_submodules") not in (None, 1):
-            raise WhispersError(f"{folder}: num_transformer_submodules {config['num_transformer_submodules']}; accepted: 1")
+            raise WhispersError(
+                f"{folder}: num_transformer_submodules {config['num_transformer_submodules']}; accepted: 1"
+            )
         path = folder / _TENSORS
         if not path.is_file():
             pickles = sorted(file.name for file in folder.glob("*.bin"))
@@ -205,7 +213,8 @@ class Expert:
         """Writes a PEFT adapter alone. PEFT places it in front of a context that sees it: any placement but `prefix` gets a warning."""
         if self.placement != "prefix":
             warnings.warn(
-                f"expert {self.name!r} is {self.placement}; PEFT will compute it as prefix, another function", stacklevel=2
+                f"expert {self.name!r} is {self.placement}; PEFT will compute it as prefix, another function",
+                stacklevel=2,
             )
         with new_folder(Path(folder)) as new:
             self._write_adapter(new)
@@ -217,9 +226,17 @@ class Expert:
         else:
             layers, _, heads, m, dim = self.embeddings.shape
             value, width = self.embeddings.permute(3, 0, 1, 2, 4).reshape(m, -1).contiguous(), heads * dim
-            peft_type, shape = "PREFIX_TUNING", {"prefix_projection": False, "num_layers": layers, "num_attention_heads": heads}
+            peft_type, shape = (
+                "PREFIX_TUNING",
+                {"prefix_projection": False, "num_layers": layers, "num_attention_heads": heads},
+            )
         save_file({_KEY: value}, folder / _TENSORS, metadata={"format": "pt"})
-        config = {"peft_type": peft_type, "task_type": "CAUSAL_LM", "inference_mode": True, "num_virtual_tokens": self.num_tokens}
+        config = {
+            "peft_type": peft_type,
+            "task_type": "CAUSAL_LM",
+            "inference_mode": True,
+            "num_virtual_tokens": self.num_tokens,
+        }
         write_json(folder / _ADAPTER, {**config, "token_dim": width, "num_transformer_submodules": 1, **shape})
 
 
@@ -254,7 +271,9 @@ class Committee:
         meta = read_json(folder / _COMMITTEE)
         base, names = meta.get("base"), meta.get("experts")
         if meta.get("version") != COMMITTEE_VERSION:
-            raise WhispersError(f"{folder / _COMMITTEE}: version {meta.get('version')!r}; accepted: {COMMITTEE_VERSION}")
+            raise WhispersError(
+                f"{folder / _COMMITTEE}: version {meta.get('version')!r}; accepted: {COMMITTEE_VERSION}"
+            )
         if not isinstance(base, dict) or not all(isinstance(base.get(key), str) for key in ("name", "fingerprint")):
             raise WhispersError(f"{folder / _COMMITTEE}: base {base!r}; accepted: an object with name and fingerprint")
         if not isinstance(names, list) or len(set(map(str, names))) != len(names):

@@ -21,6 +21,8 @@ def new_folder(target: Path) -> Iterator[Path]:
         new, old = work / "new", work / "old"
         new.mkdir()
         yield new
+        for path in new.iterdir():
+            path.chmod(0o755 if path.is_dir() else 0o644)  # some writers make private files; results are not
         if target.exists():
             target.rename(old)
         new.rename(target)
@@ -30,7 +32,9 @@ def new_folder(target: Path) -> Iterator[Path]:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes indented JSON, whole or not at all."""
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+    with tempfile.NamedTemporaryFile(
+        "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
+    ) as file:
         json.dump(value, file, indent=2, ensure_ascii=False)
         file.write("\n")
     Path(file.name).chmod(0o644)  # temporary files are private; results are not

@@ -52,7 +52,11 @@ class Model:
     def forward(self, batch: Batch, pool: PagePool) -> Tensor:
         """Writes the rows' keys and values into the pool and returns their final, normalised hidden states `[R, hidden]`."""
         config, impl = self.config, self.impl
-        widths = [config.q_heads * config.head_dim, config.kv_heads * config.head_dim, config.kv_heads * config.head_dim]
+        widths = [
+            config.q_heads * config.head_dim,
+            config.kv_heads * config.head_dim,
+            config.kv_heads * config.head_dim,
+        ]
         cos, sin = self.rotation(batch.plan.position)  # once a step, for all layers
         x = embed_rows(batch.ids, self.weights.embeddings, batch.soft, impl=impl)  # [R, hidden]
         residual: Tensor | None = None
@@ -69,7 +73,9 @@ class Model:
             attended = cast(Tensor, committee_attention(q, pool.k[index], pool.v[index], batch.plan, impl=impl))
             x = F.linear(attended.flatten(1), layer.out, layer.out_bias)
             x, residual = self._norm(x, layer.mlp_norm, residual)
-            x = F.linear(silu_mul(F.linear(x, layer.gate_up, layer.gate_up_bias), impl=impl), layer.down, layer.down_bias)
+            x = F.linear(
+                silu_mul(F.linear(x, layer.gate_up, layer.gate_up_bias), impl=impl), layer.down, layer.down_bias
+            )
         return self._norm(x, self.weights.norm, residual)[0]
 
     @torch.inference_mode()

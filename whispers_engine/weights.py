@@ -82,7 +82,9 @@ class Checkpoint:
 
     def tensor(self, name: str, *shape: int) -> Tensor:
         if name not in self._where:
-            raise WhispersError(f"{self.folder}: the tensor {name!r} is missing; its config.json asks for it, {list(shape)}")
+            raise WhispersError(
+                f"{self.folder}: the tensor {name!r} is missing; its config.json asks for it, {list(shape)}"
+            )
         value = self._where[name].get_tensor(name)
         if tuple(value.shape) != shape:
             raise WhispersError(
@@ -100,7 +102,14 @@ class Checkpoint:
         Signs, since rounding to another dtype never changes one (not even when a value becomes zero), while another training does.
         """
         digest = hashlib.sha256()
-        shape = (config.vocab_size, config.hidden_size, config.num_layers, config.q_heads, config.kv_heads, config.head_dim)
+        shape = (
+            config.vocab_size,
+            config.hidden_size,
+            config.num_layers,
+            config.q_heads,
+            config.kv_heads,
+            config.head_dim,
+        )
         digest.update(repr((config.family, shape, config.rope_type, config.rope)).encode())
         for name in sorted(self._where):
             if name == "lm_head.weight" and config.tied_head:

@@ -250,7 +250,10 @@ def rope_and_store(
     _check_float("q", q)
     rows, _, dim = q.shape
     _require(
-        k.dim() == 3 and k.shape == v.shape and (k.shape[0], k.shape[2]) == (rows, dim) and k.dtype == v.dtype == q.dtype,
+        k.dim() == 3
+        and k.shape == v.shape
+        and (k.shape[0], k.shape[2]) == (rows, dim)
+        and k.dtype == v.dtype == q.dtype,
         f"k {_shape(k)} and v {_shape(v)} must both be [{rows}, kv_heads, {dim}] in q's dtype",
     )
     _require(
@@ -313,7 +316,9 @@ def pool_logits(logits: Tensor, weights: Tensor, group_ptr: Tensor, rule: str, *
 # --- registration with torch -------------------------------------------------------------------------------------------------------
 
 _LIBRARY = torch.library.Library("whispers", "DEF")
-_PLAN = "Tensor position, Tensor page_ptr, Tensor pages, Tensor length, Tensor key_begin, Tensor row_begin, Tensor row_end"
+_PLAN = (
+    "Tensor position, Tensor page_ptr, Tensor pages, Tensor length, Tensor key_begin, Tensor row_begin, Tensor row_end"
+)
 
 
 def _register(schema: str, fake: Callable[..., Any]) -> None:

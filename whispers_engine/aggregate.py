@@ -1,0 +1,87 @@
+"""One answer of many: the vote, its ties, and how far the experts agreed."""
+
+from __future__ import annotations
+
+import math
+import unicodedata
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+from .errors import WhispersError
+
+AGGREGATIONS = ("vote", "delegate", "mixture", "product")
+POOLED = ("mixture", "product")  # all branches append the same token, chosen from the pooled distribution
+_DIGITS = 9  # sums of weights that agree to so many decimals are equal: 0.1 + 0.2 ties with 0.3
+
+
+def check_aggregation(name: str) -> str:
+    if name not in AGGREGATIONS:
+        raise WhispersError(f"aggregate: {name!r}; accepted: {', '.join(AGGREGATIONS)}")
+    return name
+
+
+def normalise(text: str) -> str:
+    """What two answers must share to count as the same: NFKC, case folded, stripped, without final punctuation."""
+    text = unicodedata.normalize("NFKC", text).casefold().strip()
+    while text and unicodedata.category(text[-1]).startswith("P"):
+        text = text[:-1].rstrip()
+    return text
+
+
+@dataclass(frozen=True)
+class Ballot:
+    """One expert's vote."""
+
+    expert: str
+    weight: float
+    choice: Hashable  # equal choices add up: a normalised answer, or an option's index
+    mean_logprob: float  # per token
+
+
+@dataclass(frozen=True)
+class Tally:
+    """The outcome of a vote."""
+
+    winner: int  # index of the winning choice's best ballot
+    votes: tuple[tuple[int, float], ...]  # (index of the choice's best ballot, summed weight), best first
+    agreement: float  # the winner's weight over all asked weight
+    diversity_entropy: float  # bits, over the choices' shares of the weight
+
+
+def _strength(ballot: Ballot) -> tuple[float, float]:
+    return (round(ballot.weight, _DIGITS), ballot.mean_logprob)
+
+
+def tally(ballots: Sequence[Ballot], asked_weight: float = 1.0, winner: Hashable | None = None) -> Tally:
+    """Weighted plurality. Of tied choices, the one whose best ballot is heaviest wins, then likeliest per token, then first by name.
+
+    Args:
+        ballots: of the branches that finished; at least one.
+        asked_weight: of all branches, finished or not.
+        winner: a choice that something else than the vote has made the winner (a pool); None: the vote decides.
+    """
+    by_choice: dict[Hashable, list[int]] = {}
+    for index, ballot in enumerate(ballots):
+        by_choice.setdefault(ballot.choice, []).append(index)
+
+    def best(indices: list[int]) -> int:
+        return min(indices, key=lambda index: ([-value for value in _strength(ballots[index])], ballots[index].expert))
+
+    totals = {best(indices): math.fsum(ballots[index].weight for index in indices) for indices in by_choice.values()}
+    votes = sorted(
+        totals.items(),
+        key=lambda item: (
+            -round(item[1], _DIGITS),
+            [-value for value in _strength(ballots[item[0]])],
+            ballots[item[0]].expert,
+        ),
+    )
+    won = votes[0][0] if winner is None else next((i for i, _ in votes if ballots[i].choice == winner), None)
+    finished = math.fsum(totals.values())
+    shares = [weight / finished for weight in totals.values() if weight > 0] if finished > 0 else []
+    return Tally(
+        winner=-1 if won is None else won,
+        votes=tuple(votes),
+        agreement=0.0 if won is None or asked_weight <= 0 else totals[won] / asked_weight,
+        diversity_entropy=-math.fsum(share * math.log2(share) for share in shares) + 0.0,
+    )

@@ -1,0 +1,145 @@
+"""One step's rows: from a tree of spans to ids, slots and a plan (DESIGN section 3)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from whispers_kernels import Plan, Segment
+
+from .kv_cache import Lease, PagePool, Role
+from .model import Batch
+
+
+@dataclass(eq=False)
+class Span:
+    """Consecutive positions with keys and values of their own: a pinned soft prompt, a context, a branch, an option.
+
+    A span sees its ancestors whole, and itself causally. What stands in `front` of it, it and everything below it see too: a pinned soft
+    prompt is no ancestor, since branches of many requests share it.
+    """
+
+    role: Role
+    begin: int  # position of the first
+    ids: list[int]  # token ids; -1 - j is row j of `soft`
+    parent: Span | None = None
+    front: Span | None = None
+    soft: Tensor | None = None  # [m, hidden]
+    lease: Lease | None = None  # where its pages come from
+    computed: int = 0  # how many have their keys in the pages
+    pages: list[int] = field(default_factory=list)
+
+    @property
+    def end(self) -> int:
+        return self.begin + len(self.ids)
+
+    @property
+    def pending(self) -> int:
+        return len(self.ids) - self.computed
+
+
+class Work(NamedTuple):
+    """The next `count` positions of a span are to be computed. Its pages are there."""
+
+    span: Span
+    count: int
+
+
+def build_batch(
+    work: list[Work], pool: PagePool, vocab_size: int, device: torch.device
+) -> tuple[Batch, dict[Span, int]]:
+    """Lays the work's rows out depth first, so that whoever shares a span is consecutive.
+
+    Returns:
+        The batch, and every worked span's first row.
+    """
+    layout = _Layout(dict(work), pool.page_size, vocab_size)
+    children: dict[Span, list[Span]] = {}
+    roots: list[Span] = []
+    seen: set[Span] = set()
+    for span in layout.counts:
+        node: Span | None = span
+        while node is not None and node not in seen:
+            seen.add(node)
+            (roots if node.parent is None else children.setdefault(node.parent, [])).append(node)
+            node = node.parent
+    layout.children = children
+    # Contexts that share pages share their first ones: sorted, they are neighbours.
+    layout.place_roots(sorted(roots, key=lambda root: root.pages), 0)
+
+    ids = torch.tensor(layout.ids, dtype=torch.int64).to(device, non_blocking=True)
+    slots = torch.tensor(layout.slots, dtype=torch.int64).to(device, non_blocking=True)
+    soft = torch.cat(layout.soft) if layout.soft else None
+    plan = Plan.from_segments(layout.segments, layout.positions, device)
+    return Batch(ids, soft, slots, plan), layout.first_row
+
+
+class _Layout:
+    """The columns of a batch while they grow."""
+
+    def __init__(self, counts: dict[Span, int], page_size: int, vocab_size: int):
+        self.counts = counts
+        self.children: dict[Span, list[Span]] = {}
+        self.page_size = page_size
+        self.vocab_size = vocab_size
+        self.ids: list[int] = []
+        self.positions: list[int] = []
+        self.slots: list[int] = []
+        self.soft: list[Tensor] = []
+        self.soft_rows = 0
+        self.segments: list[Segment] = []
+        self.first_row: dict[Span, int] = {}
+
+    def place_roots(self, roots: list[Span], shared: int) -> None:
+        """Places roots that have their first `shared` pages in common, and emits a segment for every further page run they share."""
+        index = 0
+        while index < len(roots):
+            first = roots[index]
+            end = index + 1
+            page = first.pages[shared : shared + 1]
+            while end < len(roots) and page and roots[end].pages[shared : shared + 1] == page:
+                end += 1
+            if end == index + 1:
+                self.place(first, shared)
+            else:
+                last, run = roots[end - 1].pages, shared + 1  # sorted: what the ends share, all share
+                while first.pages[run : run + 1] == last[run : run + 1] != []:
+                    run += 1
+                row = len(self.ids)
+                self.place_roots(roots[index:end], run)
+                self._see(first.pages[shared:run], (run - shared) * self.page_size, shared * self.page_size, row)
+            index = end
+
+    def place(self, span: Span, shared: int = 0) -> None:
+        """Places a span's rows, then its children's, and emits the segment of its keys from page `shared` on."""
+        row, count = len(self.ids), self.counts.get(span, 0)
+        if count:
+            self.first_row[span] = row
+            self._add_rows(span, count)
+        for child in self.children.get(span, ()):
+            self.place(child)
+        keys, skipped = span.computed + count, shared * self.page_size
+        self._see(span.pages[shared : -(-keys // self.page_size)], keys - skipped, span.begin + skipped, row)
+        if span.front is not None:
+            self._see(span.front.pages, len(span.front.ids), span.front.begin, row)
+
+    def _see(self, pages: list[int], length: int, key_begin: int, row: int) -> None:
+        """The rows from `row` to the last one so far see these keys."""
+        if length > 0:
+            self.segments.append(Segment(pages, length, key_begin, row, len(self.ids)))
+
+    def _add_rows(self, span: Span, count: int) -> None:
+        rows = range(span.computed, span.computed + count)
+        # Virtual tokens follow the vocabulary; each span's soft prompt follows the ones before it.
+        first_soft = self.vocab_size + self.soft_rows
+        new = span.ids[span.computed : span.computed + count]
+        if span.soft is not None and min(new) < 0:
+            new = [value if value >= 0 else first_soft - 1 - value for value in new]
+            self.soft.append(span.soft)
+            self.soft_rows += span.soft.shape[0]
+        self.ids.extend(new)
+        self.positions.extend(span.begin + offset for offset in rows)
+        self.slots.extend(span.pages[o // self.page_size] * self.page_size + o % self.page_size for o in rows)

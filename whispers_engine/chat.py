@@ -1,0 +1,165 @@
+"""From a question to token ids: what is context, what is header (DESIGN section 2), and back from ids to text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from .errors import WhispersError
+
+Message: TypeAlias = Mapping[str, str]
+# A user turn; chat messages; token ids; or (context ids, header ids).
+Question: TypeAlias = str | Sequence[Message] | Sequence[int] | tuple[Sequence[int], Sequence[int]]
+_ACCEPTED = "a string, chat messages that end with a user turn, token ids, or (context ids, header ids)"
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The folder's fast tokenizer. Raises WhispersError where it has none."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # transformers raises several types of its own
+        raise WhispersError(f"{folder}: no tokenizer that transformers can read: {error}") from error
+    if not tokenizer.is_fast:
+        raise WhispersError(f"{folder}: only a slow tokenizer; accepted: one with a tokenizer.json")
+    return tokenizer
+
+
+class ChatEncoder:
+    """Splits questions into context and header for one base.
+
+    Args:
+        tokenizer: a fast transformers tokenizer.
+        vocab_size: ids from here on are refused.
+        template_kwargs: for the chat template; a thinking switch is off unless they set it.
+    """
+
+    def __init__(self, tokenizer: Any, vocab_size: int, template_kwargs: Mapping[str, Any] | None = None):
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._template_kwargs = {"enable_thinking": False, **(template_kwargs or {})}
+
+    def split(self, question: Question) -> tuple[list[int], list[int]]:
+        """Returns `(context ids, header ids)`, neither of them empty, save a context whose only token had to become the header.
+
+        Raises:
+            WhispersError: an empty question, messages that do not end with a user turn, no chat template, ids out of range.
+        """
+        if isinstance(question, str):
+            if not question.strip():
+                raise WhispersError("question: it is empty; accepted: " + _ACCEPTED)
+            context, header = self._split_messages([{"role": "user", "content": question}])
+        elif isinstance(question, tuple) and len(question) == 2 and not isinstance(question[0], int | Mapping):
+            context, header = self.ids("context ids", question[0]), self.ids("header ids", question[1])
+        elif (
+            isinstance(question, Sequence) and len(question) > 0 and all(isinstance(part, Mapping) for part in question)
+        ):
+            context, header = self._split_messages(question)  # type: ignore[arg-type]
+        elif isinstance(question, Sequence):
+            context, header = self.ids("question", question), []
+        else:
+            raise WhispersError(f"question: a {type(question).__name__}; accepted: {_ACCEPTED}")
+        if not context:
+            raise WhispersError("question: its context has no tokens; accepted: " + _ACCEPTED)
+        if not header:
+            # Otherwise a detached expert, which the context never sees, could not influence the first token.
+            context, header = context[:-1], context[-1:]
+        return context, header
+
+    def option(self, option: str | Sequence[int]) -> list[int]:
+        """The ids of an option, tokenised alone. Raises WhispersError for one without tokens."""
+        if isinstance(option, str):
+            ids = self._tokenizer.encode(option, add_special_tokens=False)
+        else:
+            ids = self.ids("option", option)
+        if not ids:
+            raise WhispersError(f"option {option!r}: it has no tokens; accepted: a string or token ids, not empty")
+        return list(ids)
+
+    def ids(self, name: str, ids: Any) -> list[int]:
+        """Checks token ids."""
+        if isinstance(ids, str) or not isinstance(ids, Sequence):
+            raise WhispersError(f"{name}: a {type(ids).__name__}; accepted: a list of token ids")
+        for value in ids:
+            if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < self._vocab_size:
+                raise WhispersError(f"{name}: the token id {value!r}; accepted: integers in [0, {self._vocab_size})")
+        return list(ids)
+
+    def _split_messages(self, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
+        for message in messages:
+            if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
+                raise WhispersError(f"message {dict(message)!r}; accepted: an object with the strings role and content")
+        if messages[-1]["role"] != "user" or not messages[-1]["content"].strip():
+            raise WhispersError(
+                f"messages: the last is {dict(messages[-1])!r}; accepted: a user turn that is not empty"
+            )
+        if not self._tokenizer.chat_template:
+            raise WhispersError(
+                "question: this base has no chat template; accepted: token ids, or a base with a chat template"
+            )
+        with_header = self._render(messages, True)
+        without = self._render(messages, False)
+        common = next(
+            (i for i, (a, b) in enumerate(zip(with_header, without, strict=False)) if a != b),
+            min(len(with_header), len(without)),
+        )
+        return with_header[:common], with_header[common:]
+
+    def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> list[int]:
+        try:
+            encoded = self._tokenizer.apply_chat_template(
+                [dict(message) for message in messages],
+                add_generation_prompt=add_generation_prompt,
+                tokenize=True,
+                return_dict=True,
+                **self._template_kwargs,
+            )
+        except Exception as error:  # templates raise what they like, jinja2's errors among them
+            raise WhispersError(f"messages: the base's chat template refuses them: {error}") from error
+        return list(encoded["input_ids"])
+
+
+class TextStream:
+    """A branch's text as its tokens arrive, up to the first stop string.
+
+    `push` returns the text that has become certain: characters whose bytes are complete and that cannot be the beginning of a stop
+    string any more.
+    """
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str]):
+        from tokenizers.decoders import DecodeStream
+
+        self._tokenizer = tokenizer
+        self._decode = DecodeStream(skip_special_tokens=True)
+        self._stop = tuple(stop)
+        self._text = ""  # decoded so far
+        self._sent = 0  # characters already handed out
+        self.stopped = False
+
+    @property
+    def text(self) -> str:
+        return self._text
+
+    def push(self, token: int) -> str:
+        if self.stopped:
+            return ""
+        self._text += self._decode.step(self._tokenizer.backend_tokenizer, token) or ""
+        found = [at for at in (self._text.find(stop, max(0, self._sent - len(stop))) for stop in self._stop) if at >= 0]
+        if found:
+            self._text, self.stopped = self._text[: min(found)], True
+            return self._hand_out(len(self._text))
+        held = max((n for stop in self._stop for n in range(1, len(stop)) if self._text.endswith(stop[:n])), default=0)
+        return self._hand_out(len(self._text) - held)
+
+    def finish(self, tokens: Sequence[int]) -> str:
+        """Hands out what was held back. `tokens` are all of the branch's: bytes that never became a character show as they decode."""
+        if not self.stopped:
+            self._text = self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return self._hand_out(len(self._text))
+
+    def _hand_out(self, end: int) -> str:
+        piece = self._text[self._sent : end]
+        self._sent = max(self._sent, end)
+        return piece

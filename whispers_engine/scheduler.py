@@ -1,0 +1,337 @@
+"""Continuous batching: which spans a step computes, and what becomes of their results."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from whispers_kernels import pool_logits
+
+from .aggregate import POOLED
+from .batch import Span, Work, build_batch
+from .chat import TextStream
+from .kv_cache import Lease, PagePool
+from .model import Model
+from .request import Event, ExpertAnswer, Failed, Finished, Routed, Token
+from .sampling import SamplingParams, sample
+
+_LOGIT_ROWS = 256  # rows of logits held at once: 50 MB of float32 at a vocabulary of 49152
+
+
+@dataclass(eq=False)
+class Context:
+    """A request's context, as the base or one `prefix` expert sees it."""
+
+    span: Span
+    hashes: list[bytes]  # of its full pages
+    cached: int = 0  # tokens found in the pool
+
+
+@dataclass(eq=False)
+class Branch:
+    """One expert answering one request."""
+
+    name: str
+    weight: float
+    span: Span  # soft prompt where the placement puts one here, header, generated tokens
+    text: TextStream
+    noise: int  # tells its random numbers from the other branches'
+    options: list[Span] = field(
+        default_factory=list
+    )  # an option's tokens but the last: the rows that predict the others
+    option_logprobs: list[float] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    logprob: float = 0.0
+    hidden: Tensor | None = None  # [hidden] of the row that predicts the next token, until it is chosen
+    finish_reason: str | None = None
+
+    def record(self) -> ExpertAnswer:
+        return ExpertAnswer(
+            self.name, self.weight, self.text.text, self.logprob, list(self.tokens), self.finish_reason or "running"
+        )
+
+
+@dataclass(eq=False)
+class Task:
+    """A request on its way. `finish` makes the closing events out of the finished branches."""
+
+    id: int
+    contexts: list[Context]
+    branches: list[Branch]
+    fronts: list[Span]  # pinned soft prompts that must outlive their experts' removal
+    aggregate: str
+    sampling: SamplingParams
+    seed: int
+    options: list[list[int]] | None
+    max_new: int  # tokens a branch can generate
+    sink: Callable[[Event], None]
+    finish: Callable[[Task], list[Event]]
+    lease: Lease | None = None
+    submitted: float = field(default_factory=time.perf_counter)
+    first_result: float = 0.0
+
+    @property
+    def pooled(self) -> bool:
+        return self.aggregate in POOLED
+
+    @property
+    def done(self) -> bool:
+        if self.options is None:
+            return all(branch.finish_reason for branch in self.branches)
+        return all(not span.pending for branch in self.branches for span in (branch.span, *branch.options))
+
+    def spans(self) -> list[Span]:
+        """Parents before children."""
+        return [
+            *(context.span for context in self.contexts),
+            *(branch.span for branch in self.branches),
+            *(span for branch in self.branches for span in branch.options),
+        ]
+
+    def pages_needed(self, pool: PagePool) -> int:
+        """Pages that the task can take at most, nothing being found in the pool. The last generated token is never stored."""
+        grown = 0 if self.options is not None else self.max_new - 1
+        return (
+            sum(pool.pages_for(len(context.span.ids)) for context in self.contexts)
+            + sum(pool.pages_for(len(branch.span.ids) + grown) for branch in self.branches)
+            + sum(pool.pages_for(len(span.ids)) for branch in self.branches for span in branch.options)
+        )
+
+
+class Scheduler:
+    """Runs tasks: admits them as pages and branches allow, computes a step for all, hands out tokens.
+
+    Args:
+        model, pool: what computes and where.
+        max_num_seqs: branches that run at once.
+        max_num_batched_tokens: rows a step.
+    """
+
+    def __init__(self, model: Model, pool: PagePool, max_num_seqs: int, max_num_batched_tokens: int):
+        self.model = model
+        self.pool = pool
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self._waiting: deque[Task] = deque()
+        self._running: list[Task] = []
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._waiting or self._running)
+
+    def add(self, task: Task) -> None:
+        self._waiting.append(task)
+
+    def abort(self, task: Task) -> None:
+        """Forgets a task and gives its pages back; one that is done already is left alone."""
+        if task in self._waiting:
+            self._waiting.remove(task)
+        if task in self._running:
+            self._running.remove(task)
+        if task.lease is not None:
+            task.lease.close()
+
+    def compute(self, work: list[Work]) -> tuple[Tensor, dict[Span, int]]:
+        """One forward of the given rows, with pages from their spans' leases; returns hidden states and every span's first row."""
+        for span, count in work:
+            while span.lease is not None and len(span.pages) < self.pool.pages_for(span.computed + count):
+                span.pages.append(span.lease.take(span.role))
+        batch, first_row = build_batch(work, self.pool, self.model.config.vocab_size, self.model.device)
+        hidden = self.model.forward(batch, self.pool)
+        for span, count in work:
+            span.computed += count
+        return hidden, first_row
+
+    def step(self) -> None:
+        """Computes one batch and sends the events that follow from it to the tasks' sinks."""
+        self._admit()
+        work = self._select()
+        if not work:
+            return
+        hidden, first_row = self.compute(work)
+        counts = dict(work)
+        self._publish(counts)
+        self._score(hidden, first_row, counts)
+        self._generate(hidden, first_row, counts)
+        for task in [task for task in self._running if task.done]:
+            self.abort(task)  # pages first: whatever the closing events lead to, they are back
+            for event in task.finish(task):
+                task.sink(event)
+
+    # --- what to compute -------------------------------------------------------------------------------------------------------
+
+    def _admit(self) -> None:
+        """Starts waiting tasks in their order, as long as they fit: all the pages that a task can ever take are reserved for it."""
+        while self._waiting:
+            task = self._waiting[0]
+            running = sum(len(other.branches) for other in self._running)
+            if running + len(task.branches) > self.max_num_seqs:
+                return
+            hits = [self._known(context) for context in task.contexts]
+            needed = task.pages_needed(self.pool) - sum(map(len, hits))
+            task.lease = self.pool.lease(needed, [page for pages in hits for page in pages])
+            if task.lease is None:
+                if not self._running:  # nothing will ever come free: experts were added since it was accepted
+                    self._waiting.popleft()
+                    task.sink(
+                        Failed(
+                            task.id,
+                            f"the page pool is too small by now: {needed} pages needed, {self.pool.available} free",
+                        )
+                    )
+                    continue
+                return
+            task.lease.share(page for front in task.fronts for page in front.pages)
+            for span in task.spans():
+                span.lease = task.lease
+            for context, pages in zip(task.contexts, hits, strict=True):
+                context.span.pages = pages
+                context.span.computed = context.cached = len(pages) * self.pool.page_size
+            self._running.append(self._waiting.popleft())
+            task.sink(Routed(task.id, [(branch.name, branch.weight) for branch in task.branches]))
+
+    def _known(self, context: Context) -> list[int]:
+        """Pages of a context that the pool has, its last token's never among them: one token at least is always computed."""
+        full = max(0, len(context.span.ids) - 1) // self.pool.page_size
+        return self.pool.lookup(context.hashes[:full])
+
+    def _select(self) -> list[Work]:
+        """Branches that wait for one row first, so that no prefill holds them up; then what is pending, parents before children."""
+        budget = self.max_num_batched_tokens
+        chosen: dict[Span, int] = {}
+        decode = [
+            branch.span for task in self._running for branch in task.branches if branch.tokens and branch.span.pending
+        ]
+        rest = [span for task in self._running for span in task.spans() if span.pending]
+        for span in (*decode, *rest):
+            if budget == 0:
+                break
+            parent = span.parent
+            if span in chosen or (parent is not None and parent.pending > chosen.get(parent, 0)):
+                continue  # its parent is not complete, nor will be in this step
+            chosen[span] = min(span.pending, budget)
+            budget -= chosen[span]
+        return [Work(span, count) for span, count in chosen.items()]
+
+    # --- what becomes of it ----------------------------------------------------------------------------------------------------
+
+    def _publish(self, counts: dict[Span, int]) -> None:
+        """Makes this step's full context pages known by their hashes."""
+        for context in (context for task in self._running for context in task.contexts if context.span in counts):
+            full = context.span.computed // self.pool.page_size
+            for page, page_hash in zip(context.span.pages[:full], context.hashes[:full], strict=True):
+                self.pool.publish(page, page_hash)
+
+    def _score(self, hidden: Tensor, first_row: dict[Span, int], counts: dict[Span, int]) -> None:
+        """Adds the log-probabilities of the option tokens that this step's rows predict."""
+        uses: list[tuple[int, int, Branch, int]] = []  # row, the token it predicts, whose, of which option
+        for task in self._running:
+            if task.options is None:
+                continue
+            before = len(uses)
+            for branch in task.branches:
+                if branch.span in counts and not branch.span.pending:
+                    row = first_row[branch.span] + counts[branch.span] - 1
+                    uses += [(row, ids[0], branch, option) for option, ids in enumerate(task.options)]
+                for option, span in enumerate(branch.options):
+                    count = counts.get(span, 0)
+                    targets = task.options[option][span.computed - count + 1 : span.computed + 1]
+                    uses += [
+                        (first_row[span] + at, target, branch, option) for at, target in enumerate(targets) if count
+                    ]
+            if len(uses) > before and not task.first_result:
+                task.first_result = time.perf_counter()
+        rows = sorted({row for row, *_ in uses})
+        for begin in range(0, len(rows), _LOGIT_ROWS):
+            block = {row: index for index, row in enumerate(rows[begin : begin + _LOGIT_ROWS])}
+            logits = self.model.logits(hidden[list(block)]).float()  # [rows of the block, V]
+            mine = [use for use in uses if use[0] in block]
+            index = torch.tensor([(block[row], target) for row, target, *_ in mine], device=logits.device)
+            logp = logits[index[:, 0], index[:, 1]] - logits.logsumexp(-1)[index[:, 0]]
+            for (_, _, branch, option), value in zip(mine, logp.tolist(), strict=True):
+                branch.option_logprobs[option] += value
+
+    def _generate(self, hidden: Tensor, first_row: dict[Span, int], counts: dict[Span, int]) -> None:
+        """Chooses the next token of every branch, or pool of branches, that has all its hidden states."""
+        groups: list[tuple[Task, list[Branch]]] = []
+        for task in self._running:
+            if task.options is not None:
+                continue
+            live = [branch for branch in task.branches if branch.finish_reason is None]
+            for branch in live:
+                if branch.span in counts and not branch.span.pending:
+                    branch.hidden = hidden[first_row[branch.span] + counts[branch.span] - 1]
+            ready = [branch for branch in live if branch.hidden is not None]
+            if not task.pooled:
+                groups += [(task, [branch]) for branch in ready]
+            elif len(ready) == len(live):
+                groups.append((task, live))
+        if not groups:
+            return
+        groups.sort(key=lambda group: group[0].aggregate == "product")  # stable: the mixtures, then the products
+        tokens, pooled, own = self._choose(groups)
+        row = 0
+        for (task, members), token, logprob in zip(groups, tokens, pooled, strict=True):
+            self._append(task, members, token, logprob, own[row : row + len(members)])
+            row += len(members)
+
+    def _choose(self, groups: list[tuple[Task, list[Branch]]]) -> tuple[list[int], list[float], list[float]]:
+        """Returns every group's token, its log-probability in the pool, and in each member's own distribution.
+
+        A branch on its own is a pool of one: its mixture is its own distribution.
+        """
+        device = self.model.device
+        members = [branch for _, group in groups for branch in group]
+        logits = self.model.logits(torch.stack([branch.hidden for branch in members if branch.hidden is not None]))
+        weights = [branch.weight if task.pooled else 1.0 for task, group in groups for branch in group]
+        ends = torch.tensor([0, *(len(group) for _, group in groups)]).cumsum(0).to(torch.int32)
+        split = sum(task.aggregate != "product" for task, _ in groups)  # groups before here are mixtures
+        parts = []
+        for rule, first, last in (("mixture", 0, split), ("product", split, len(groups))):
+            if first < last:
+                begin, end = int(ends[first]), int(ends[last])
+                group_ptr = (ends[first : last + 1] - begin).to(device)
+                share = torch.tensor(weights[begin:end], dtype=torch.float32, device=device)
+                parts.append(pool_logits(logits[begin:end], share, group_ptr, rule, impl=self.model.impl))
+        logp = torch.cat(parts)  # [groups, V]
+        tokens = sample(
+            logp,
+            [task.sampling for task, _ in groups],
+            [task.seed for task, _ in groups],
+            [0 if task.pooled else group[0].noise for task, group in groups],
+            [len(group[0].tokens) for _, group in groups],
+        )
+        of_row = tokens.repeat_interleave(torch.tensor([len(group) for _, group in groups], device=device))[:, None]
+        own = logits.gather(1, of_row)[:, 0].float() - logits.float().logsumexp(-1)
+        return tokens.tolist(), logp.gather(1, tokens[:, None])[:, 0].tolist(), own.tolist()
+
+    def _append(self, task: Task, members: list[Branch], token: int, logprob: float, own: list[float]) -> None:
+        """Gives a group its next token, and ends it where that was the last one."""
+        task.first_result = task.first_result or time.perf_counter()
+        ended = token in self.model.config.eos_ids
+        piece, reason = "", None
+        for branch, branch_logprob in zip(members, own, strict=True):
+            branch.hidden = None
+            branch.tokens.append(token)
+            branch.logprob += branch_logprob
+            piece = "" if ended else branch.text.push(token)
+            reason = (
+                "stop" if ended or branch.text.stopped else "length" if len(branch.tokens) == task.max_new else None
+            )
+            if reason is None:
+                branch.span.ids.append(token)
+            else:
+                piece += branch.text.finish(branch.tokens[:-1] if ended else branch.tokens)
+                branch.finish_reason = reason
+                if task.lease is not None:
+                    task.lease.drop(branch.span.pages)  # early, for others to use
+                branch.span.pages = []
+        task.sink(Token(task.id, None if task.pooled else members[0].name, token, piece, logprob))
+        if reason is not None:
+            for branch in members:
+                task.sink(Finished(task.id, branch.record()))
