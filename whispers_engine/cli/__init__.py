@@ -1,0 +1,1 @@
+"""The `whispers` command. Results go to stdout, progress and errors to stderr."""
