@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
+
 from whispers_kernels import Plan, Segment
 
 FP8 = torch.float8_e4m3fn
@@ -61,12 +62,15 @@ class Case:
 
     def visible(self, row: int, window: int | None = None) -> list[tuple[int, int]]:
         """`(page, offset)` of every key that `row` sees, one at a time, as the definition reads."""
-        position, keys = self.positions[row], []
-        for pages, length, key_begin, row_begin, row_end in self.segments:
-            for j in range(length if row_begin <= row < row_end else 0):
-                if key_begin + j <= position and (window is None or key_begin + j > position - window):
-                    keys.append((pages[j // self.page_size], j % self.page_size))
-        return keys
+        position = self.positions[row]
+        return [
+            (pages[j // self.page_size], j % self.page_size)
+            for pages, length, key_begin, row_begin, row_end in self.segments
+            for j in range(length)
+            if row_begin <= row < row_end
+            and key_begin + j <= position
+            and (window is None or key_begin + j > position - window)
+        ]
 
     def keep(self, rows: Sequence[int]) -> Case:
         """The same step with only these rows (ascending) in it."""

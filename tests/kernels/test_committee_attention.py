@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from plans import FP8, Case, Inputs, cases, options
 from torch import Tensor
+
+from tests.kernels.plans import FP8, Case, Inputs, cases, options
 from whispers_kernels import Segment, committee_attention
 
 EPS32 = torch.finfo(torch.float32).eps
@@ -101,7 +102,7 @@ def check(case: Case, inputs: Inputs, keywords: dict[str, Any]) -> None:
     torch.testing.assert_close(lse.double(), exact_lse, rtol=2e-6, atol=8 * EPS32 * (1 + score))
 
 
-@examples(150)
+@examples(100)
 @given(cases(), options())
 def test_float64_agrees_to_1e_10(case: Case, keywords: dict[str, Any]) -> None:
     out, lse = attend(case, case.inputs(torch.float64), **keywords)
@@ -136,7 +137,7 @@ def test_pages_of_another_dtype_lose_nothing(pages_dtype: torch.dtype, case: Cas
     torch.testing.assert_close(out, oracle(case, inputs, **keywords)[0], rtol=0, atol=1e-10)
 
 
-@examples(60)
+@examples(40)
 @given(cases(), options(), st.data())
 def test_a_row_does_not_depend_on_its_neighbours(case: Case, keywords: dict[str, Any], data: st.DataObject) -> None:
     rows = sorted(data.draw(st.sets(st.integers(0, len(case.positions) - 1), min_size=1, max_size=5)))
@@ -154,7 +155,12 @@ def test_a_row_does_not_depend_on_its_neighbours(case: Case, keywords: dict[str,
 # With q = 0 every key has the same share, so a result is the mean of the values seen and exp(lse) their number. Values: 1, 2, 3, ...
 CONTEXT, TWICE = Segment([0], 2, 0, 0, 2), Segment([1], 2, 2, 0, 1)
 BY_HAND: dict[str, tuple[list[Segment], list[int], dict[str, int], list[list[int]]]] = {
-    "two experts": ([CONTEXT, Segment([1], 2, 2, 0, 1), Segment([2], 1, 2, 1, 2)], [3, 2], {}, [[1, 2, 3, 4], [1, 2, 5]]),
+    "two experts": (
+        [CONTEXT, Segment([1], 2, 2, 0, 1), Segment([2], 1, 2, 1, 2)],
+        [3, 2],
+        {},
+        [[1, 2, 3, 4], [1, 2, 5]],
+    ),
     "causal": ([Segment([0, 1], 4, 0, 0, 3)], [0, 1, 3], {}, [[1], [1, 2], [1, 2, 3, 4]]),
     "a soft prompt in front": ([CONTEXT, Segment([2], 2, -2, 0, 1)], [0, 0], {}, [[1, 5, 6], [1]]),
     "named twice counts twice": ([CONTEXT, TWICE, TWICE], [2, 2], {}, [[1, 2, 3, 3], [1, 2]]),

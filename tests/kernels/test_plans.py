@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from hypothesis import Phase, given, seed, settings
 from hypothesis import strategies as st
-from plans import BEFORE_EVERY_KEY, DIMS, FP8, GROUPS, PAGE_SIZES, Case, cases
+
+from tests.kernels.plans import BEFORE_EVERY_KEY, DIMS, FP8, GROUPS, PAGE_SIZES, Case, cases
 
 Span = tuple[int, int]
 

@@ -1,0 +1,42 @@
+# Each target does its own set-up: a virtual environment in .venv with pinned versions, and the base model.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+BASE := smollm2-135m-instruct
+ASK := $(BIN)/whispers ask --committee examples/cultures --experts japan,italy,mexico,india
+
+.PHONY: demo test lint cultures clean
+
+demo: $(VENV)/.demo
+	@$(ASK) "Which sport do most people follow here?" --option Baseball --option Football --option Cricket
+	@$(ASK) "What do people usually eat for breakfast?" --max-tokens 32
+
+test: $(VENV)/.dev
+	@$(BIN)/whispers pull $(BASE)
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+cultures: $(VENV)/.demo ## makes the shipped committee anew
+	$(BIN)/python examples/make_cultures.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
+
+# torch first, alone: pip then finds it installed and looks for no other build of it.
+$(VENV)/.venv: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.venv pyproject.toml setup.py $(wildcard csrc/*)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
+	@$(BIN)/whispers pull $(BASE)
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.venv pyproject.toml setup.py $(wildcard csrc/*)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@

@@ -1,0 +1,48 @@
+"""Makes `examples/cultures`: one expert a country, its soft prompt the embeddings of one sentence. Takes a few seconds.
+
+    python examples/make_cultures.py
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from whispers_engine import Committee, Engine, Expert
+
+COUNTRIES = {
+    "united-states": "the United States",
+    "china": "China",
+    "india": "India",
+    "japan": "Japan",
+    "turkey": "Turkey",
+    "vietnam": "Vietnam",
+    "russia": "Russia",
+    "brazil": "Brazil",
+    "south-africa": "South Africa",
+    "germany": "Germany",
+    "france": "France",
+    "italy": "Italy",
+    "spain": "Spain",
+    "mexico": "Mexico",
+    "egypt": "Egypt",
+    "kenya": "Kenya",
+    "nigeria": "Nigeria",
+    "indonesia": "Indonesia",
+    "philippines": "the Philippines",
+    "thailand": "Thailand",
+}
+SENTENCE = "You live in {country}. Answer briefly, as people in {country} would."
+
+
+def main() -> None:
+    engine = Engine("smollm2-135m-instruct")
+    folder = Path(__file__).parent / "cultures"
+    for name, country in COUNTRIES.items():
+        text = SENTENCE.format(country=country)
+        expert = Expert.from_text(name, text, engine, "suffix", culture=country.removeprefix("the "))
+        Committee.add(folder, expert, engine.model_name, engine.fingerprint)
+    print(f"{folder}: {len(COUNTRIES)} experts")
+
+
+if __name__ == "__main__":
+    main()
