@@ -144,7 +144,7 @@ def engine(llama: Tiny) -> Engine:
 def soft_prompt(tiny: Tiny, m: int, seed: int, name: str, placement: str) -> Expert:
     """A random expert of the embeddings' own size, so that it matters."""
     generator = torch.Generator().manual_seed(seed)
-    scale = float(tiny.hf.get_input_embeddings().weight.std())
+    scale = float(tiny.hf.get_input_embeddings().weight.detach().std())
     return Expert(name, torch.randn(m, tiny.hidden, generator=generator) * scale, placement)
 
 
