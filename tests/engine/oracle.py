@@ -58,13 +58,13 @@ def _mask(m: int, context: int, tail: int, rows_of_prompt: bool) -> Tensor:
     visible[m : m + context, :m] = False
     if not rows_of_prompt:
         visible = visible[m:]
-    return torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)[None, None]
+    return torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float16).min)[None, None]
 
 
 def _detached(hf: Any, expert: Expert, context: list[int], tail: list[int]) -> Tensor:
     embed = hf.get_input_embeddings()
-    embeds = torch.cat((expert.embeddings, embed(torch.tensor(context + tail))))[None]
-    mask = _mask(expert.num_tokens, len(context), len(tail), rows_of_prompt=True)
+    embeds = torch.cat((expert.embeddings.to(hf.dtype), embed(torch.tensor(context + tail))))[None]
+    mask = _mask(expert.num_tokens, len(context), len(tail), rows_of_prompt=True).to(hf.dtype)
     return hf(inputs_embeds=embeds, attention_mask=mask, position_ids=torch.arange(embeds.shape[1])[None]).logits
 
 
@@ -72,12 +72,12 @@ def _detached_kv(hf: Any, expert: Expert, context: list[int], tail: list[int]) -
     from transformers import DynamicCache
 
     cache, m = DynamicCache(config=hf.config), expert.num_tokens
-    for layer, (keys, values) in enumerate(expert.embeddings):
+    for layer, (keys, values) in enumerate(expert.embeddings.to(hf.dtype)):
         cache.update(keys[None], values[None], layer)
     rows = len(context) + len(tail)
     return hf(
         torch.tensor([context + tail]),
-        attention_mask=_mask(m, len(context), len(tail), rows_of_prompt=False),
+        attention_mask=_mask(m, len(context), len(tail), rows_of_prompt=False).to(hf.dtype),
         position_ids=torch.arange(m, m + rows)[None],
         past_key_values=cache,
     ).logits

@@ -34,15 +34,18 @@ def hf(base: Path) -> Any:
 
 
 @pytest.fixture(scope="module")
-def engine(base: Path) -> Engine:
+def engine(base: Path, hf: Any) -> Engine:
+    """Experts made from sentences; the kv ones from the base's own keys and values for one.
+
+    (Random keys and values make a function so steep that float32 transformers itself is 7e-4 away from float64.)
+    """
     engine = Engine(base, dtype="float32")
     for placement in ("prefix", "suffix", "detached"):
         engine.add_expert(Expert.from_text(placement, "You live in Japan. Answer briefly, as people there do.", engine, placement))
-    config = engine.model.config
-    generator = torch.Generator().manual_seed(0)
-    shape = (config.num_layers, 2, config.kv_heads, 12, config.head_dim)
+    with torch.no_grad():
+        cache = hf(torch.tensor([engine.tokenizer.encode("People in Italy talk about food at every meal.")])).past_key_values
+    values = torch.stack([torch.stack((layer.keys[0], layer.values[0])) for layer in cache.layers])
     for placement in ("prefix", "detached"):
-        values = torch.randn(shape, generator=generator)
         engine.add_expert(Expert(f"kv-{placement}", values, placement, kind="kv"))
     return engine
 
