@@ -1,6 +1,6 @@
 """Makes `examples/cultures`: one expert a country, its soft prompt the embeddings of one sentence. Takes a few seconds.
 
-    python examples/make_cultures.py
+python examples/make_cultures.py
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from .errors import WhispersError
 
 AGGREGATIONS = ("vote", "delegate", "mixture", "product")
 POOLED = ("mixture", "product")  # all branches append the same token, chosen from the pooled distribution
-_DIGITS = 9  # sums of weights that agree to so many decimals are equal: 0.1 + 0.2 ties with 0.3
+_SAME = 1e-9  # weights this close are equal: 0.1 + 0.2 ties with 0.3
 
 
 def check_aggregation(name: str) -> str:
@@ -22,7 +22,8 @@ def check_aggregation(name: str) -> str:
 
 def normalise(text: str) -> str:
     """What two answers must share to count as the same: NFKC, case folded, stripped, without final punctuation."""
-    text = unicodedata.normalize("NFKC", text).casefold().strip()
+    folded = unicodedata.normalize("NFKC", text).casefold()
+    text = unicodedata.normalize("NFKC", folded).strip()  # folding can take a letter and its accents apart
     while text and unicodedata.category(text[-1]).startswith("P"):
         text = text[:-1].rstrip()
     return text
@@ -48,8 +49,14 @@ class Tally:
     diversity_entropy: float  # bits, over the choices' shares of the weight
 
 
-def _strength(ballot: Ballot) -> tuple[float, float]:
-    return (round(ballot.weight, _DIGITS), ballot.mean_logprob)
+def _ranks(values: Sequence[float]) -> list[int]:
+    """Every value's place, 0 for the largest; values that are the same up to rounding have the same place."""
+    order = sorted(range(len(values)), key=values.__getitem__, reverse=True)
+    places, place = [0] * len(values), 0
+    for before, index in zip(order, order[1:], strict=False):
+        place += values[before] - values[index] > _SAME
+        places[index] = place
+    return places
 
 
 def tally(ballots: Sequence[Ballot], asked_weight: float = 1.0, winner: Hashable | None = None) -> Tally:
@@ -64,18 +71,17 @@ def tally(ballots: Sequence[Ballot], asked_weight: float = 1.0, winner: Hashable
     for index, ballot in enumerate(ballots):
         by_choice.setdefault(ballot.choice, []).append(index)
 
-    def best(indices: list[int]) -> int:
-        return min(indices, key=lambda index: ([-value for value in _strength(ballots[index])], ballots[index].expert))
+    places = _ranks([ballot.weight for ballot in ballots])
 
-    totals = {best(indices): math.fsum(ballots[index].weight for index in indices) for indices in by_choice.values()}
-    votes = sorted(
-        totals.items(),
-        key=lambda item: (
-            -round(item[1], _DIGITS),
-            [-value for value in _strength(ballots[item[0]])],
-            ballots[item[0]].expert,
-        ),
-    )
+    def strength(index: int) -> tuple[int, float, str]:  # the smaller, the stronger
+        return places[index], -ballots[index].mean_logprob, ballots[index].expert
+
+    totals = {
+        min(indices, key=strength): math.fsum(ballots[index].weight for index in indices)
+        for indices in by_choice.values()
+    }
+    of_total = dict(zip(totals, _ranks(list(totals.values())), strict=True))
+    votes = sorted(totals.items(), key=lambda item: (of_total[item[0]], strength(item[0])))
     won = votes[0][0] if winner is None else next((i for i, _ in votes if ballots[i].choice == winner), None)
     finished = math.fsum(totals.values())
     shares = [weight / finished for weight in totals.values() if weight > 0] if finished > 0 else []

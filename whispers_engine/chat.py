@@ -47,6 +47,8 @@ class ChatEncoder:
         Raises:
             WhispersError: an empty question, messages that do not end with a user turn, no chat template, ids out of range.
         """
+        if isinstance(question, bytes | bytearray | memoryview):
+            raise WhispersError(f"question: a {type(question).__name__}; accepted: {_ACCEPTED}")
         if isinstance(question, str):
             if not question.strip():
                 raise WhispersError("question: it is empty; accepted: " + _ACCEPTED)
@@ -71,12 +73,16 @@ class ChatEncoder:
     def option(self, option: str | Sequence[int]) -> list[int]:
         """The ids of an option, tokenised alone. Raises WhispersError for one without tokens."""
         if isinstance(option, str):
-            ids = self._tokenizer.encode(option, add_special_tokens=False)
+            ids = self.encode(option)
         else:
             ids = self.ids("option", option)
         if not ids:
             raise WhispersError(f"option {option!r}: it has no tokens; accepted: a string or token ids, not empty")
-        return list(ids)
+        return ids
+
+    def encode(self, text: str) -> list[int]:
+        """A text's tokens, without special ones. Raises WhispersError where the base has no embedding for one."""
+        return self.ids(repr(text), self._tokenizer.encode(text, add_special_tokens=False))
 
     def ids(self, name: str, ids: Any) -> list[int]:
         """Checks token ids."""
@@ -118,23 +124,25 @@ class ChatEncoder:
             )
         except Exception as error:  # templates raise what they like, jinja2's errors among them
             raise WhispersError(f"messages: the base's chat template refuses them: {error}") from error
-        return list(encoded["input_ids"])
+        return self.ids("messages", list(encoded["input_ids"]))
 
 
 class TextStream:
     """A branch's text as its tokens arrive, up to the first stop string.
 
     `push` returns the text that has become certain: characters whose bytes are complete and that cannot be the beginning of a stop
-    string any more.
+    string any more. What was handed out is never taken back, even where a later byte changes what the tokenizer would make of it.
     """
 
     def __init__(self, tokenizer: Any, stop: Sequence[str]):
-        from tokenizers.decoders import DecodeStream
-
-        self._tokenizer = tokenizer
-        self._decode = DecodeStream(skip_special_tokens=True)
+        self._backend = tokenizer.backend_tokenizer
         self._stop = tuple(stop)
-        self._text = ""  # decoded so far
+        # Only the latest tokens are decoded again: `_window` are those since the last two places where the text was whole, `_known` is
+        # how its beginning, before the newer place, reads.
+        self._window: list[int] = []
+        self._known_tokens = 0
+        self._known = ""
+        self._text = ""
         self._sent = 0  # characters already handed out
         self.stopped = False
 
@@ -145,7 +153,12 @@ class TextStream:
     def push(self, token: int) -> str:
         if self.stopped:
             return ""
-        self._text += self._decode.step(self._tokenizer.backend_tokenizer, token) or ""
+        self._window.append(token)
+        read = self._decode(self._window)
+        if len(read) > len(self._known) and not read.endswith("\ufffd"):  # else a character's bytes are incomplete
+            self._text += read[len(self._known) :]
+            self._window = self._window[self._known_tokens :]
+            self._known_tokens, self._known = len(self._window), self._decode(self._window)
         found = [at for at in (self._text.find(stop, max(0, self._sent - len(stop))) for stop in self._stop) if at >= 0]
         if found:
             self._text, self.stopped = self._text[: min(found)], True
@@ -153,11 +166,14 @@ class TextStream:
         held = max((n for stop in self._stop for n in range(1, len(stop)) if self._text.endswith(stop[:n])), default=0)
         return self._hand_out(len(self._text) - held)
 
-    def finish(self, tokens: Sequence[int]) -> str:
-        """Hands out what was held back. `tokens` are all of the branch's: bytes that never became a character show as they decode."""
+    def finish(self) -> str:
+        """Hands out what was held back; bytes that never became a character show as they decode."""
         if not self.stopped:
-            self._text = self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            self._text += self._decode(self._window)[len(self._known) :]
         return self._hand_out(len(self._text))
+
+    def _decode(self, tokens: list[int]) -> str:
+        return str(self._backend.decode(tokens, skip_special_tokens=True))
 
     def _hand_out(self, end: int) -> str:
         piece = self._text[self._sent : end]

@@ -20,7 +20,7 @@ from torch import Tensor
 from whispers_kernels.ops import check_impl
 from whispers_kernels.reference import rotate
 
-from .aggregate import Ballot, check_aggregation, normalise, tally
+from .aggregate import POOLED, Ballot, check_aggregation, normalise, tally
 from .batch import Span, Work
 from .chat import ChatEncoder, Question, TextStream, load_tokenizer
 from .config import DTYPES, ModelConfig
@@ -177,6 +177,11 @@ class Engine:
         config, names = self.model.config, set(self._members)
         for expert in experts:
             expert.check_fits(config, self.fingerprint)
+            if not bool(torch.isfinite(expert.embeddings.to(self.model.dtype)).all()):
+                raise WhispersError(
+                    f"expert {expert.name!r}: values up to {float(expert.embeddings.abs().max()):.3g} are infinite in "
+                    f"{self.model.dtype}; accepted: smaller values, or an engine of another dtype"
+                )
             if expert.name in names:
                 raise WhispersError(
                     f"expert {expert.name!r}: the name is taken; accepted: one not in {', '.join(names)}"
@@ -277,7 +282,7 @@ class Engine:
         sampling = SamplingParams() if sampling is None else sampling
         events: deque[Event] = deque()
         request = Request(question, options, experts, top_k, aggregate, profile, sampling)
-        return self._run(self._task(request, events.append), events)
+        return _Stream(self._scheduler, self._task(request, events.append), events)
 
     def score(
         self,
@@ -297,7 +302,7 @@ class Engine:
         """
         events: deque[Event] = deque()
         task = self._task(Request(context, options, experts), events.append, score=True)
-        for event in self._run(task, events):
+        for event in _Stream(self._scheduler, task, events):
             if isinstance(event, Scored):
                 return event.result
         raise AssertionError("a score ended without a result")
@@ -339,21 +344,6 @@ class Engine:
         pages_context, pages_branch."""
         return self.pool.stats()
 
-    def _run(self, task: Task, events: deque[Event]) -> Iterator[Event]:
-        try:
-            self._scheduler.add(task)
-            while True:
-                while events:
-                    event = events.popleft()
-                    if isinstance(event, Failed):
-                        raise WhispersError(event.error)
-                    yield event
-                    if isinstance(event, Done | Scored):
-                        return
-                self._scheduler.step()
-        finally:
-            self._scheduler.abort(task)
-
     # --- from a request to a task ----------------------------------------------------------------------------------------------
 
     def _task(self, request: Request, sink: Callable[[Event], None], score: bool = False) -> Task:
@@ -375,7 +365,8 @@ class Engine:
             asked = [max(routing, key=lambda item: item[1])]  # the first of the heaviest
 
         members = [(name, weight, self._members.get(name)) for name, weight in asked]
-        longest = len(context_ids) + len(header) + max((m.expert.num_tokens if m else 0) for _, _, m in members)
+        question_tokens = len(context_ids) + len(header)
+        longest = question_tokens + max(_prompt_tokens(member) for _, _, member in members)
         room = self.model.config.max_position - longest
         answer = 1 if options is None else max(map(len, options))
         if room < answer:
@@ -393,26 +384,32 @@ class Engine:
         for name, weight, member in members:
             context = self._context(context_ids, member, contexts)
             span = self._branch_span(context.span, header, member)
-            branch = Branch(name, weight, span, TextStream(self.tokenizer, request.sampling.stop), _noise(name))
+            text = TextStream(self.tokenizer, request.sampling.stop)
+            # A pool ends as one, where its longest branch must; a branch on its own has the room that it would have alone.
+            mine = room if request.aggregate in POOLED else room + longest - question_tokens - _prompt_tokens(member)
+            branch = Branch(name, weight, span, text, _noise(name), min(request.sampling.max_tokens, mine))
             if options is not None:
                 branch.options = [Span("branch", span.end, ids[:-1], parent=span) for ids in options]
                 branch.option_logprobs = [0.0] * len(options)
             branches.append(branch)
+        fronts = [member.front for _, _, member in members if member is not None and member.front is not None]
+        pins = self.pool.lease(0, [page for front in fronts for page in front.pages])
+        assert pins is not None  # pinned pages are held already
         task = Task(
             id=next(self._ids),
             contexts=list(contexts.values()),
             branches=branches,
-            fronts=[member.front for _, _, member in members if member is not None and member.front is not None],
+            pins=pins,
             aggregate=request.aggregate,
             sampling=request.sampling,
             seed=secrets.randbits(64) if request.sampling.seed is None else request.sampling.seed,
             options=options,
-            max_new=min(request.sampling.max_tokens, room),
             sink=sink,
             finish=self._scored if score else lambda task: self._answered(task, request, routing),
         )
         needed, there = task.pages_needed(self.pool), self.pool.num_pages - self.pool.stats()["pages_pinned"]
         if needed > there:
+            pins.close()
             raise WhispersError(
                 f"kv_cache_tokens: the page pool is too small: the request can take {needed} pages of {self.pool.page_size}, "
                 f"{there} are not pinned; accepted: fewer experts, a smaller max_tokens, a shorter question, a larger pool"
@@ -423,7 +420,9 @@ class Engine:
         """Names and weights that sum to one."""
         if isinstance(experts, str):
             raise WhispersError(f"experts: the string {experts!r}; accepted: a list of names")
-        named = {name: 1.0 for name in self._members} if experts is None else experts
+        named = dict.fromkeys(self._members, 1.0) if experts is None else experts
+        if not isinstance(named, Mapping | Sequence) or not all(isinstance(name, str) for name in named):
+            raise WhispersError(f"experts: {experts!r}; accepted: a list of names, or a mapping from names to weights")
         if isinstance(named, Mapping):
             weights = dict(named)
         else:
@@ -438,9 +437,9 @@ class Engine:
                 raise WhispersError(
                     f"experts: {name!r} has the weight {weight!r}; accepted: a finite number, at least 0"
                 )
-        total = math.fsum(weights.values())
-        if total <= 0:
-            raise WhispersError("experts: all weights are 0; accepted: at least one above 0")
+        total = sum(weights.values())
+        if not 0 < total < math.inf:
+            raise WhispersError(f"experts: the weights sum to {total}; accepted: a finite sum above 0")
         return [(name, weight / total) for name, weight in weights.items()]
 
     def _options(self, options: Sequence[str | Sequence[int]] | None, required: bool) -> list[list[int]] | None:
@@ -512,13 +511,16 @@ class Engine:
             text = texts[winner]
         else:
             text = records[outcome.winner].text
+        votes: dict[str, float] = {}
+        for index, weight in outcome.votes:  # two options can read the same
+            votes[records[index].text] = votes.get(records[index].text, 0.0) + weight
         now = time.perf_counter()
         answer = Answer(
             text=text,
             routing=routing,
             gated=False,
             experts=records,
-            votes={records[index].text: weight for index, weight in outcome.votes},
+            votes=votes,
             options=shares,
             agreement=outcome.agreement,
             diversity_entropy=outcome.diversity_entropy,
@@ -532,6 +534,44 @@ class Engine:
         return [*events, Done(task.id, answer)]
 
 
+class _Stream(Iterator[Event]):
+    """A task's events, computed as they are asked for. Unlike a generator, one dropped before its first event ends its task too."""
+
+    def __init__(self, scheduler: Scheduler, task: Task, events: deque[Event]):
+        self._scheduler = scheduler
+        self._task = task
+        self._events = events
+        self._started = False
+        self._ended = False
+
+    def __next__(self) -> Event:
+        if self._ended:
+            raise StopIteration
+        try:
+            if not self._started:
+                self._started = True
+                self._scheduler.add(self._task)
+            while not self._events:
+                self._scheduler.step()
+            event = self._events.popleft()
+            if isinstance(event, Failed):
+                raise WhispersError(event.error)
+        except BaseException:
+            self.close()
+            raise
+        if isinstance(event, Done | Scored):
+            self.close()
+        return event
+
+    def close(self) -> None:
+        """Ends the task and gives its pages back; a second call does nothing."""
+        self._ended = True
+        self._scheduler.abort(self._task)
+
+    def __del__(self) -> None:
+        self.close()
+
+
 def _pool_options(task: Task) -> list[float]:
     """The options' pooled probabilities: the logarithmic pool for `product`, else the linear one."""
     logp = torch.tensor([branch.option_logprobs for branch in task.branches], dtype=torch.float64).log_softmax(-1)
@@ -540,6 +580,10 @@ def _pool_options(task: Task) -> list[float]:
     logp, weights = logp[asked], weights[asked] / weights[asked].sum()
     pooled = (weights @ logp).softmax(-1) if task.aggregate == "product" else weights @ logp.exp()
     return pooled.tolist()
+
+
+def _prompt_tokens(member: _Member | None) -> int:
+    return 0 if member is None else member.expert.num_tokens
 
 
 def _usage(task: Task) -> dict[str, int]:

@@ -73,6 +73,8 @@ class Expert:
                 f"{who}: placement {self.placement!r} of kind {self.kind!r}; accepted: {', '.join(accepted)}"
             )
         value = self.embeddings
+        if not isinstance(value, Tensor):
+            raise WhispersError(f"{who}: embeddings are a {type(value).__name__}; accepted: a tensor")
         want = "[m, hidden]" if self.kind == "embeddings" else "[layers, 2, kv_heads, m, head_dim]"
         right = value.dim() == 2 if self.kind == "embeddings" else value.dim() == 5 and value.shape[1] == 2
         if not right or 0 in value.shape or not value.is_floating_point():
@@ -127,7 +129,7 @@ class Expert:
         Args:
             virtual_tokens: m; the text is cut or repeated to it, as PEFT does. By default as many as the text has.
         """
-        ids = engine.tokenizer.encode(text, add_special_tokens=False)
+        ids = engine.chat.encode(text)
         if not ids:
             raise WhispersError(f"expert {name!r}: the text {text!r} has no tokens")
         if virtual_tokens is not None and virtual_tokens < 1:
@@ -146,7 +148,10 @@ class Expert:
         meta = read_json(folder / _EXPERT)
         missing = [key for key in ("name", "placement", "kind") if not isinstance(meta.get(key), str)]
         if missing:
-            raise WhispersError(f"{folder / _EXPERT}: without {', '.join(missing)}")
+            raise WhispersError(f"{folder / _EXPERT}: without {', '.join(missing)}; accepted: strings")
+        for key, kind in (("culture", str), ("base", str), ("record", dict)):
+            if not isinstance(meta.get(key), kind | None):
+                raise WhispersError(f"{folder / _EXPERT}: {key} {meta[key]!r}; accepted: null or a {kind.__name__}")
         expert = cls.from_peft(folder, meta["name"], meta["placement"])
         if expert.kind != meta["kind"]:
             raise WhispersError(f"{folder}: expert.json says kind {meta['kind']!r}, the adapter is {expert.kind!r}")
@@ -157,7 +162,7 @@ class Expert:
             expert.kind,
             meta.get("culture"),
             meta.get("base"),
-            dict(meta.get("record") or {}),
+            meta.get("record") or {},
         )
 
     def save(self, folder: str | Path) -> None:
@@ -196,6 +201,10 @@ class Expert:
             found = ", ".join(f"{key} {list(value.shape)}" for key, value in tensors.items())
             raise WhispersError(f"{path}: holds {found or 'nothing'}; accepted: {_KEY} of two dimensions alone")
         value = tensors[_KEY]
+        if config.get("num_virtual_tokens") not in (None, value.shape[0]):
+            raise WhispersError(
+                f"{path}: {_KEY} {list(value.shape)} does not fit its config's num_virtual_tokens {config['num_virtual_tokens']}"
+            )
         kind = _PEFT_KINDS[peft_type]
         if kind == "kv":
             try:
@@ -294,9 +303,13 @@ class Committee:
         """Writes an expert into a committee's folder, which is made where it does not exist; an expert of that name is replaced.
 
         Raises:
-            WhispersError: the committee is for another base.
+            WhispersError: the committee or the expert is for another base.
         """
         folder = Path(folder)
+        if expert.base not in (None, fingerprint):
+            raise WhispersError(
+                f"expert {expert.name!r}: made for the base {expert.base}; accepted here: {fingerprint}"
+            )
         names: list[str] = []
         if (folder / _COMMITTEE).is_file():
             found = Committee.load(folder)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -25,7 +24,12 @@ def new_folder(target: Path) -> Iterator[Path]:
             path.chmod(0o755 if path.is_dir() else 0o644)  # some writers make private files; results are not
         if target.exists():
             target.rename(old)
-        new.rename(target)
+        try:
+            new.rename(target)
+        except BaseException:
+            if old.exists():
+                old.rename(target)
+            raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
@@ -38,4 +42,4 @@ def write_json(path: Path, value: Any) -> None:
         json.dump(value, file, indent=2, ensure_ascii=False)
         file.write("\n")
     Path(file.name).chmod(0o644)  # temporary files are private; results are not
-    os.replace(file.name, path)
+    Path(file.name).replace(path)

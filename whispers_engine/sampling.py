@@ -53,6 +53,7 @@ class SamplingParams:
         check("top_k", whole(self.top_k) and self.top_k >= 0, "an integer, at least 0 (0: all)")
         check("seed", self.seed is None or (whole(self.seed) and 0 <= self.seed < 2**64), "None or 0 to 2^64 - 1")
         check("max_tokens", whole(self.max_tokens) and self.max_tokens >= 1, "an integer, at least 1")
+        check("stop", isinstance(self.stop, Sequence), "strings, none empty")
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
         check("stop", all(isinstance(text, str) and text for text in stop), "strings, none empty")
         object.__setattr__(self, "stop", stop)
@@ -126,8 +127,11 @@ def sample(
         return torch.tensor([values[row] for row in rows], dtype=dtype, device=logp.device)
 
     vocab = logp.shape[1]
-    scores = logp[rows].double() / column([param.temperature for param in params], torch.float64)[:, None]
-    top_k = column([param.top_k or vocab for param in params], torch.int64).clamp(max=vocab)
+    scores = logp[rows].double()
+    # The likeliest token's score is 0: no temperature, however small, takes it out of the range of floats.
+    scores -= scores.amax(-1, keepdim=True).nan_to_num(neginf=0.0)
+    scores /= column([param.temperature for param in params], torch.float64)[:, None]
+    top_k = column([min(param.top_k or vocab, vocab) for param in params], torch.int64)
     top_p = column([param.top_p for param in params], torch.float64)
     if bool((top_k < vocab).any()) or bool((top_p < 1).any()):
         ordered, order = scores.sort(dim=-1, descending=True, stable=True)

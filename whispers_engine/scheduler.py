@@ -41,6 +41,7 @@ class Branch:
     span: Span  # soft prompt where the placement puts one here, header, generated tokens
     text: TextStream
     noise: int  # tells its random numbers from the other branches'
+    max_new: int  # tokens it can generate
     options: list[Span] = field(
         default_factory=list
     )  # an option's tokens but the last: the rows that predict the others
@@ -63,12 +64,11 @@ class Task:
     id: int
     contexts: list[Context]
     branches: list[Branch]
-    fronts: list[Span]  # pinned soft prompts that must outlive their experts' removal
+    pins: Lease  # of the pinned soft prompts, so that they outlive their experts' removal
     aggregate: str
     sampling: SamplingParams
     seed: int
     options: list[list[int]] | None
-    max_new: int  # tokens a branch can generate
     sink: Callable[[Event], None]
     finish: Callable[[Task], list[Event]]
     lease: Lease | None = None
@@ -95,10 +95,10 @@ class Task:
 
     def pages_needed(self, pool: PagePool) -> int:
         """Pages that the task can take at most, nothing being found in the pool. The last generated token is never stored."""
-        grown = 0 if self.options is not None else self.max_new - 1
+        grows = self.options is None
         return (
             sum(pool.pages_for(len(context.span.ids)) for context in self.contexts)
-            + sum(pool.pages_for(len(branch.span.ids) + grown) for branch in self.branches)
+            + sum(pool.pages_for(len(branch.span.ids) + grows * (branch.max_new - 1)) for branch in self.branches)
             + sum(pool.pages_for(len(span.ids)) for branch in self.branches for span in branch.options)
         )
 
@@ -135,6 +135,7 @@ class Scheduler:
             self._running.remove(task)
         if task.lease is not None:
             task.lease.close()
+        task.pins.close()
 
     def compute(self, work: list[Work]) -> tuple[Tensor, dict[Span, int]]:
         """One forward of the given rows, with pages from their spans' leases; returns hidden states and every span's first row."""
@@ -186,7 +187,6 @@ class Scheduler:
                     )
                     continue
                 return
-            task.lease.share(page for front in task.fronts for page in front.pages)
             for span in task.spans():
                 span.lease = task.lease
             for context, pages in zip(task.contexts, hits, strict=True):
@@ -321,12 +321,12 @@ class Scheduler:
             branch.logprob += branch_logprob
             piece = "" if ended else branch.text.push(token)
             reason = (
-                "stop" if ended or branch.text.stopped else "length" if len(branch.tokens) == task.max_new else None
+                "stop" if ended or branch.text.stopped else "length" if len(branch.tokens) == branch.max_new else None
             )
             if reason is None:
                 branch.span.ids.append(token)
             else:
-                piece += branch.text.finish(branch.tokens[:-1] if ended else branch.tokens)
+                piece += branch.text.finish()
                 branch.finish_reason = reason
                 if task.lease is not None:
                     task.lease.drop(branch.span.pages)  # early, for others to use

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .config import ModelConfig, read_json
+from .config import DTYPES, ModelConfig, read_json
 from .errors import WhispersError
 
 _SIGNS_PER_TENSOR = 4096
@@ -60,7 +60,10 @@ class Checkpoint:
             files = [single]
         elif index.is_file():
             # Names from a file of the folder: a name that leads out of it is refused, whatever it points to.
-            names = sorted({str(name) for name in read_json(index).get("weight_map", {}).values()})
+            weight_map = read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict):
+                raise WhispersError(f"{index}: weight_map {weight_map!r}; accepted: an object from tensors to shards")
+            names = sorted({str(name) for name in weight_map.values()})
             files = [folder / name for name in names]
             for file in files:
                 if file.parent != folder or not file.is_file():
@@ -90,9 +93,9 @@ class Checkpoint:
             raise WhispersError(
                 f"{self.folder}: the tensor {name!r} is {list(value.shape)}; its config.json asks for {list(shape)}"
             )
-        if not value.dtype.is_floating_point or value.dtype.itemsize < 2:
+        if value.dtype not in DTYPES.values():
             raise WhispersError(
-                f"{self.folder}: the tensor {name!r} holds {value.dtype}; accepted: float32, bfloat16, float16"
+                f"{self.folder}: the tensor {name!r} holds {value.dtype}; accepted: {', '.join(DTYPES)}"
             )
         return value
 
@@ -115,6 +118,8 @@ class Checkpoint:
             if name == "lm_head.weight" and config.tied_head:
                 continue  # some files repeat the embeddings under this name, some do not
             value = self._where[name].get_tensor(name)
+            if value.dtype not in DTYPES.values():
+                continue  # a buffer, or what `tensor` will refuse
             signs = torch.signbit(value.flatten()[:_SIGNS_PER_TENSOR])
             digest.update(f"{name} {list(value.shape)}".encode())
             digest.update(np.packbits(signs.numpy()).tobytes())

@@ -28,7 +28,11 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
 )
 SPECIAL = ["<|pad|>", "<|start|>", "<|end|>"]
-CORPUS = ["what do people eat for breakfast in the morning", "the people of many shores speak and we listen", "rice, bread, tea"]
+CORPUS = [
+    "what do people eat for breakfast in the morning",
+    "the people of many shores speak and we listen",
+    "rice, bread, tea",
+]
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 10000.0,
@@ -64,11 +68,18 @@ def make_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=320, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=320,
+        special_tokens=SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator(CORPUS * 4, trainer)
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<|pad|>", bos_token="<|start|>", eos_token="<|end|>", chat_template=TEMPLATE
+        tokenizer_object=tokenizer,
+        pad_token="<|pad|>",
+        bos_token="<|start|>",
+        eos_token="<|end|>",
+        chat_template=TEMPLATE,
     )
     fast.save_pretrained(folder)
     return fast
@@ -77,7 +88,14 @@ def make_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
 FAMILIES: dict[str, Callable[..., Any]] = {
     # grouped-query attention 2, llama3 rope, biases everywhere, untied head
     "llama": lambda **kw: LlamaForCausalLM(
-        LlamaConfig(num_attention_heads=4, num_key_value_heads=2, rope_parameters=LLAMA3_ROPE, attention_bias=True, mlp_bias=True, **kw)
+        LlamaConfig(
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            rope_parameters=LLAMA3_ROPE,
+            attention_bias=True,
+            mlp_bias=True,
+            **kw,
+        )
     ),
     # multi-query attention, linear rope, head_dim apart from hidden / heads
     "mistral": lambda **kw: MistralForCausalLM(
@@ -95,7 +113,9 @@ FAMILIES: dict[str, Callable[..., Any]] = {
         Qwen2Config(num_attention_heads=4, num_key_value_heads=4, tie_word_embeddings=True, **kw)
     ),
     # q and k norms, 8 heads on one
-    "qwen3": lambda **kw: Qwen3ForCausalLM(Qwen3Config(num_attention_heads=8, num_key_value_heads=1, head_dim=16, **kw)),
+    "qwen3": lambda **kw: Qwen3ForCausalLM(
+        Qwen3Config(num_attention_heads=8, num_key_value_heads=1, head_dim=16, **kw)
+    ),
 }
 
 

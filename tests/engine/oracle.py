@@ -40,7 +40,11 @@ def _peft(hf: Any, expert: Expert) -> Any:
     else:
         layers, _, heads, m, dim = expert.embeddings.shape
         config = PrefixTuningConfig(
-            task_type="CAUSAL_LM", num_virtual_tokens=m, num_layers=layers, num_attention_heads=heads, token_dim=heads * dim
+            task_type="CAUSAL_LM",
+            num_virtual_tokens=m,
+            num_layers=layers,
+            num_attention_heads=heads,
+            token_dim=heads * dim,
         )
         model = get_peft_model(hf, config)
         values = expert.embeddings.permute(3, 0, 1, 2, 4).reshape(m, -1)

@@ -115,7 +115,13 @@ def in_a_process(*args: object, **environment: str) -> Ran:
         text=True,
         encoding="utf-8",
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": f"{ROOT / 'kernels'}:{ROOT}", "COLUMNS": "250", "OMP_NUM_THREADS": "1", **environment},
+        env={
+            **os.environ,
+            "PYTHONPATH": f"{ROOT / 'kernels'}:{ROOT}",
+            "COLUMNS": "250",
+            "OMP_NUM_THREADS": "1",
+            **environment,
+        },
     )
     return Ran(done.returncode, done.stdout, done.stderr)
 
@@ -134,7 +140,9 @@ def test_ask_in_a_process(committee: Path, whispers: Whispers) -> None:
 def test_errors_in_a_process(committee: Path) -> None:
     ran = in_a_process("ask", QUESTION, "--committee", committee, "--experts", "north,nobody", PYTHONIOENCODING="utf-8")
     assert (ran.status, ran.out) == (1, "")
-    assert ran.err.splitlines()[-1] == "whispers: expert 'nobody' is not in this committee; accepted: north, south, east"
+    assert (
+        ran.err.splitlines()[-1] == "whispers: expert 'nobody' is not in this committee; accepted: north, south, east"
+    )
 
 
 # --- ask -------------------------------------------------------------------------------------------------------------------------
@@ -189,7 +197,10 @@ def test_ask_json(whispers: Whispers, committee: Path, llama: Tiny, aggregate: s
 
 def test_ask_some_experts_or_none(whispers: Whispers, committee: Path) -> None:
     def asked(*extra: object) -> list[str]:
-        return [record["expert"] for record in whispers("ask", QUESTION, *extra, "--max-tokens", 1, "--json").json()["experts"]]
+        return [
+            record["expert"]
+            for record in whispers("ask", QUESTION, *extra, "--max-tokens", 1, "--json").json()["experts"]
+        ]
 
     base = json.loads((committee / "committee.json").read_text())["base"]["name"]
     assert asked("--committee", committee, "--experts", "east, north") == ["east", "north"]
@@ -201,7 +212,13 @@ def test_ask_some_experts_or_none(whispers: Whispers, committee: Path) -> None:
 def test_ask_sampled(whispers: Whispers, committee: Path, llama: Tiny) -> None:
     """Every sampling option reaches the engine."""
     flags = {"temperature": 2.5, "top-p": 0.9, "sample-top-k": 40, "seed": 7, "max-tokens": 6}
-    line = ("ask", QUESTION, "--committee", committee, *(part for key, value in flags.items() for part in (f"--{key}", value)))
+    line = (
+        "ask",
+        QUESTION,
+        "--committee",
+        committee,
+        *(part for key, value in flags.items() for part in (f"--{key}", value)),
+    )
     free = whispers(*line, "--json").json()
     sampling = SamplingParams(temperature=2.5, top_p=0.9, top_k=40, seed=7, max_tokens=6)
     want = Engine(llama.folder, committee).ask(QUESTION, sampling=sampling).to_dict()
@@ -243,7 +260,19 @@ def test_names_are_never_cut(whispers: Whispers, mine: Path, llama: Tiny, monkey
 def test_create_list_show(whispers: Whispers, llama: Tiny, tmp_path: Path) -> None:
     """A committee from nothing; the second expert needs no --model any more."""
     folder, text = tmp_path / "new" / "committee", "rice, bread, tea"
-    first = whispers("experts", "create", "japan", "--text", text, "--committee", folder, "--culture", "Japan", "--model", llama.folder)
+    first = whispers(
+        "experts",
+        "create",
+        "japan",
+        "--text",
+        text,
+        "--committee",
+        folder,
+        "--culture",
+        "Japan",
+        "--model",
+        llama.folder,
+    )
     assert first.status == 0
     tokens = len(llama.tokenizer.encode(text))
     assert first.out.replace("\n", "") == f"{folder / 'japan'}: {tokens} virtual tokens, suffix"
@@ -306,7 +335,19 @@ def test_export_and_import(whispers: Whispers, mine: Path, tmp_path: Path, name:
     assert f"{expert.num_tokens} virtual tokens, {expert.kind}" in out.out
     assert set(files(adapter)) == {"adapter_config.json", "adapter_model.safetensors"}
 
-    line = ("experts", "import", adapter, "--name", "back", "--committee", mine, "--placement", placement, "--culture", "Japan")
+    line = (
+        "experts",
+        "import",
+        adapter,
+        "--name",
+        "back",
+        "--committee",
+        mine,
+        "--placement",
+        placement,
+        "--culture",
+        "Japan",
+    )
     assert whispers(*line).status == 0
     back = Committee.load(mine).experts[-1]
     assert (back.name, back.placement, back.culture) == ("back", placement, "Japan")
@@ -415,7 +456,9 @@ def places(llama: Tiny, mine: Path, tmp_path: Path) -> dict[str, str]:
     file.write_text("a file")
     shutil.copytree(llama.folder, other)
     config = json.loads((other / "config.json").read_text())
-    (other / "config.json").write_text(json.dumps({**config, "rope_parameters": {**config["rope_parameters"], "rope_theta": 7.0}}))
+    (other / "config.json").write_text(
+        json.dumps({**config, "rope_parameters": {**config["rope_parameters"], "rope_theta": 7.0}})
+    )
     Expert("narrow", torch.zeros(4, 32)).save(tmp_path / "narrow")
     there = {"empty": empty, "damaged": damaged, "file": file, "other": other, "narrow": tmp_path / "narrow"}
     return {key: str(path) for key, path in {**there, "committee": mine, "model": llama.folder}.items()}
@@ -479,7 +522,9 @@ def test_an_error_of_our_own(whispers: Whispers, committee: Path, monkeypatch: p
         whispers("ask", QUESTION, "--committee", committee)
 
 
-@pytest.mark.parametrize("command", [(), ("ask",), ("pull",), ("experts",), ("experts", "create"), ("experts", "import")])
+@pytest.mark.parametrize(
+    "command", [(), ("ask",), ("pull",), ("experts",), ("experts", "create"), ("experts", "import")]
+)
 def test_help(whispers: Whispers, command: tuple[str, ...]) -> None:
     ran = whispers(*command, "--help")
     assert (ran.status, ran.err) == (0, "")

@@ -12,7 +12,13 @@ from tests.engine.oracle import oracle_logprobs
 from whispers_engine import Engine, Expert
 
 TOLERANCE = 1e-4
-CASES = [("embeddings", "prefix"), ("embeddings", "suffix"), ("embeddings", "detached"), ("kv", "prefix"), ("kv", "detached")]
+CASES = [
+    ("embeddings", "prefix"),
+    ("embeddings", "suffix"),
+    ("embeddings", "detached"),
+    ("kv", "prefix"),
+    ("kv", "detached"),
+]
 
 
 def make_expert(tiny: Tiny, kind: str, placement: str, m: int, seed: int = 1) -> Expert:
@@ -88,7 +94,9 @@ def test_kv_of_a_prompt_is_the_prompt(tiny: Tiny, placement: str) -> None:
     values = torch.stack([torch.stack((layer.keys[0], layer.values[0])) for layer in cache.layers])
     for expert in (prompt, Expert("kv", values, placement, kind="kv")):
         engine.add_expert(expert)
-    got = engine.score((token_ids(tiny, 20, 1), token_ids(tiny, 4, 2)), [[token] for token in range(tiny.vocab)]).logprobs
+    got = engine.score(
+        (token_ids(tiny, 20, 1), token_ids(tiny, 4, 2)), [[token] for token in range(tiny.vocab)]
+    ).logprobs
     torch.testing.assert_close(got[0], got[1], atol=TOLERANCE, rtol=0)
 
 

@@ -21,7 +21,13 @@ from tests.engine.oracle import oracle_logprobs
 from whispers_engine import Answer, Committee, Done, Engine, Expert, Finished, Request, SamplingParams, Token
 
 TOLERANCE = 1e-4
-CASES = [("embeddings", "prefix"), ("embeddings", "suffix"), ("embeddings", "detached"), ("kv", "prefix"), ("kv", "detached")]
+CASES = [
+    ("embeddings", "prefix"),
+    ("embeddings", "suffix"),
+    ("embeddings", "detached"),
+    ("kv", "prefix"),
+    ("kv", "detached"),
+]
 IDLE = {"pages_pinned": 0, "pages_context": 0, "pages_branch": 0}
 
 
@@ -33,14 +39,18 @@ def make_expert(tiny: Tiny, kind: str, placement: str, m: int = 5, seed: int = 1
 def same(one: Expert, other: Expert) -> bool:
     """Everything that an expert is made of."""
     fields = ("name", "placement", "kind", "culture", "base", "record", "content_hash")
-    return all(getattr(one, field) == getattr(other, field) for field in fields) and torch.equal(one.embeddings, other.embeddings)
+    return all(getattr(one, field) == getattr(other, field) for field in fields) and torch.equal(
+        one.embeddings, other.embeddings
+    )
 
 
 def scores(tiny: Tiny, expert: Expert, context: list[int]) -> torch.Tensor:
     """The engine's whole next-token distribution after a context."""
     engine = Engine(tiny.folder, page_size=8, kv_cache_tokens=1024)
     engine.add_expert(expert)
-    return engine.score((context[:-3], context[-3:]), [[t] for t in range(tiny.vocab)], experts=[expert.name]).logprobs[0]
+    return engine.score((context[:-3], context[-3:]), [[t] for t in range(tiny.vocab)], experts=[expert.name]).logprobs[
+        0
+    ]
 
 
 @torch.no_grad()
@@ -100,7 +110,9 @@ class Halfway(KeyboardInterrupt):
 
 
 @pytest.mark.parametrize("way", ["save", "to_peft"])
-def test_interrupted_save_keeps_the_old_one(llama: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+def test_interrupted_save_keeps_the_old_one(
+    llama: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
     old, new = (make_expert(llama, "embeddings", "prefix", seed=seed) for seed in (1, 2))
     getattr(old, way)(tmp_path / "folder")
     before = files(tmp_path)
@@ -154,7 +166,10 @@ def train(model: Any, tiny: Tiny) -> None:
 def prefix_config(tiny: Tiny, **settings: Any) -> PrefixTuningConfig:
     """PEFT guesses the shape of keys and values as hidden / heads; models with a head_dim of their own must be told."""
     config = tiny.hf.config
-    heads, dim = config.num_key_value_heads, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads, dim = (
+        config.num_key_value_heads,
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+    )
     if dim * config.num_attention_heads != config.hidden_size:
         settings |= {"num_attention_heads": heads, "token_dim": heads * dim, "num_layers": config.num_hidden_layers}
     return PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=6, **settings)
@@ -163,7 +178,9 @@ def prefix_config(tiny: Tiny, **settings: Any) -> PrefixTuningConfig:
 def peft_config(tiny: Tiny, method: str) -> Any:
     if method == "prompt tuning":
         return PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=6)
-    return prefix_config(tiny, **({"prefix_projection": True, "encoder_hidden_size": 32} if "projected" in method else {}))
+    return prefix_config(
+        tiny, **({"prefix_projection": True, "encoder_hidden_size": 32} if "projected" in method else {})
+    )
 
 
 @pytest.mark.parametrize("method", ["prompt tuning", "prefix tuning", "projected prefix tuning"])
@@ -203,7 +220,9 @@ def test_peft_loads_what_we_write(tiny: Tiny, tmp_path: Path, kind: str, way: st
 
 
 @pytest.mark.parametrize(("kind", "placement"), [case for case in CASES if case[1] != "prefix"])
-def test_export_warns_where_peft_computes_another_function(llama: Tiny, tmp_path: Path, kind: str, placement: str) -> None:
+def test_export_warns_where_peft_computes_another_function(
+    llama: Tiny, tmp_path: Path, kind: str, placement: str
+) -> None:
     expert = make_expert(llama, kind, placement)
     with pytest.warns(UserWarning, match=f"'expert' is {placement}; PEFT will compute it as prefix, another function"):
         expert.to_peft(tmp_path / "adapter")
@@ -221,7 +240,12 @@ def test_from_text_is_its_tokens_embeddings(llama: Tiny, engine: Engine) -> None
     table = llama.hf.get_input_embeddings().weight.detach()
     expert = Expert.from_text("table", text, engine, culture="Japan")
     assert torch.equal(expert.embeddings, table[ids])
-    assert (expert.placement, expert.kind, expert.culture, expert.base) == ("suffix", "embeddings", "Japan", engine.fingerprint)
+    assert (expert.placement, expert.kind, expert.culture, expert.base) == (
+        "suffix",
+        "embeddings",
+        "Japan",
+        engine.fingerprint,
+    )
     assert expert.record == {"text": text}
     assert Expert.from_text("table", text, engine, placement="detached").placement == "detached"
 

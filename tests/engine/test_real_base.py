@@ -41,9 +41,13 @@ def engine(base: Path, hf: Any) -> Engine:
     """
     engine = Engine(base, dtype="float32")
     for placement in ("prefix", "suffix", "detached"):
-        engine.add_expert(Expert.from_text(placement, "You live in Japan. Answer briefly, as people there do.", engine, placement))
+        engine.add_expert(
+            Expert.from_text(placement, "You live in Japan. Answer briefly, as people there do.", engine, placement)
+        )
     with torch.no_grad():
-        cache = hf(torch.tensor([engine.tokenizer.encode("People in Italy talk about food at every meal.")])).past_key_values
+        cache = hf(
+            torch.tensor([engine.tokenizer.encode("People in Italy talk about food at every meal.")])
+        ).past_key_values
     values = torch.stack([torch.stack((layer.keys[0], layer.values[0])) for layer in cache.layers])
     for placement in ("prefix", "detached"):
         engine.add_expert(Expert(f"kv-{placement}", values, placement, kind="kv"))
@@ -67,7 +71,9 @@ def text_of(engine: Engine, tokens: int) -> tuple[list[int], list[int]]:
 @pytest.mark.parametrize("tokens", [20, 60, 350, 1000])
 def test_every_placement_on_real_text(engine: Engine, hf: Any, tokens: int) -> None:
     if tokens == 20:
-        context = engine.tokenizer.encode("People of many shores speak, and we listen to what they say about their lives.")
+        context = engine.tokenizer.encode(
+            "People of many shores speak, and we listen to what they say about their lives."
+        )
         header = engine.chat.split("x")[1]
     else:
         context, header = text_of(engine, tokens)
@@ -104,7 +110,13 @@ def test_conversion_equals_transformers_reading_the_gguf(base: Path, hf: Any, tm
         assert torch.equal(value, ours[name]), name
     tokenizer = AutoTokenizer.from_pretrained(base)
     peer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    for text in ("What do people eat?", "naïve café", "def f(x):\n    return x", "寿司とラーメン", "<|im_start|>user\nHi<|im_end|>\n"):
+    for text in (
+        "What do people eat?",
+        "naïve café",
+        "def f(x):\n    return x",
+        "寿司とラーメン",
+        "<|im_start|>user\nHi<|im_end|>\n",
+    ):
         assert tokenizer.encode(text, add_special_tokens=False) == peer.encode(text, add_special_tokens=False)
         assert tokenizer.decode(tokenizer.encode(text)) == text
     # SmolLM2 was trained with every digit a token of its own.
@@ -127,5 +139,7 @@ def test_the_shipped_committee(engine: Engine) -> None:
     options = ["Baseball", "Football", "Cricket"]
     chosen = engine.ask("Which sport do most people follow here?", options, experts=["japan", "italy"])
     assert {record.expert: record.text for record in chosen.experts} == {"japan": "Baseball", "italy": "Football"}
-    free = engine.ask("What do people usually eat for breakfast?", experts=["japan"], sampling=SamplingParams(max_tokens=12))
+    free = engine.ask(
+        "What do people usually eat for breakfast?", experts=["japan"], sampling=SamplingParams(max_tokens=12)
+    )
     assert "Japan" in free.text

@@ -175,7 +175,12 @@ def test_more_experts_than_branches(llama: Tiny) -> None:
 def test_pool_too_small_for_a_request(llama: Tiny) -> None:
     engine = Engine(llama.folder, page_size=8, kv_cache_tokens=64)
     engine.add_expert(soft_prompt(llama, 16, 1, "front", "detached"))  # pins two of the eight pages
-    words = ("page pool is too small", "pages of 8", "6 are not pinned", "accepted: fewer experts, a smaller max_tokens")
+    words = (
+        "page pool is too small",
+        "pages of 8",
+        "6 are not pinned",
+        "accepted: fewer experts, a smaller max_tokens",
+    )
     with refuses("can take 7 pages", *words, engine=engine):
         engine.ask(([5] * 48, [6]), experts=[], sampling=SamplingParams(max_tokens=1))
     with refuses(*words, engine=engine):

@@ -353,6 +353,10 @@ def test_logprob_precedes_temperature(llama: Tiny, shared: Engine) -> None:
 # --- where an answer ends --------------------------------------------------------------------------------------------------------
 
 
+def text_of(tiny: Tiny, tokens: Sequence[int]) -> str:
+    return tiny.tokenizer.decode(tokens, skip_special_tokens=True)
+
+
 @pytest.fixture(scope="module")
 def plain(llama: Tiny, shared: Engine) -> list[int]:
     """What the `suffix` expert answers when nothing stops it."""
@@ -363,7 +367,7 @@ def plain(llama: Tiny, shared: Engine) -> list[int]:
 
 def borders(tiny: Tiny, tokens: list[int]) -> list[tuple[int, str]]:
     """Where two tokens of plain letters meet: how many tokens there are before the second, and the text of both."""
-    texts = [tiny.tokenizer.decode([token]) for token in tokens]
+    texts = [text_of(tiny, [token]) for token in tokens]
     pairs = [
         (at + 1, a + b)
         for at, (a, b) in enumerate(itertools.pairwise(texts))
@@ -375,7 +379,7 @@ def borders(tiny: Tiny, tokens: list[int]) -> list[tuple[int, str]]:
 def stopped(tiny: Tiny, tokens: list[int], stop: Sequence[str]) -> tuple[list[int], str]:
     """By definition: tokens up to the first that completes a stop string, text up to where the first stop string begins."""
     for end in range(1, len(tokens) + 1):
-        text = tiny.tokenizer.decode(tokens[:end])
+        text = text_of(tiny, tokens[:end])
         if any(part in text for part in stop):
             return tokens[:end], text[: min(text.index(part) for part in stop if part in text)]
     raise AssertionError(f"{stop} is nowhere in {text!r}")
@@ -400,7 +404,7 @@ def test_stop_strings_across_token_borders(llama: Tiny, shared: Engine, plain: l
     """Every string of two to four characters that begins in one token and ends in the next."""
     found = set()
     for at, text in borders(llama, plain)[:4]:
-        first = len(llama.tokenizer.decode([plain[at - 1]]))
+        first = len(text_of(llama, [plain[at - 1]]))
         for begin, end in itertools.product(range(first), range(first + 1, len(text) + 1)):
             if 2 <= end - begin <= 4:
                 found.add(text[begin:end])
@@ -431,7 +435,7 @@ def test_a_stop_string_in_the_last_token_is_a_stop(llama: Tiny, shared: Engine, 
     tokens, text = stopped(llama, plain, (stop,))
     for max_tokens, want in (
         (len(tokens), (tokens, text, "stop")),
-        (len(tokens) - 1, (tokens[:-1], llama.tokenizer.decode(tokens[:-1]), "length")),
+        (len(tokens) - 1, (tokens[:-1], text_of(llama, tokens[:-1]), "length")),
     ):
         sampling = SamplingParams(stop=stop, max_tokens=max_tokens)
         got = shared.ask(question(llama), experts=["suffix"], sampling=sampling).experts[0]
@@ -448,7 +452,7 @@ def test_half_a_stop_string_is_text_when_the_answer_ends(llama: Tiny, shared: En
     pieces = [event.text for event in events if isinstance(event, Token)]
     assert isinstance(events[-1], Done)
     (record,) = events[-1].answer.experts
-    whole = llama.tokenizer.decode(plain[: at + 1])
+    whole = text_of(llama, plain[: at + 1])
     assert (record.text, record.finish_reason) == (whole, "length")
     assert "".join(pieces) == whole and "".join(pieces[:-1]) == whole[: -len(text)] and pieces[-1] == text
 
@@ -490,7 +494,7 @@ def test_max_tokens(llama: Tiny, shared: Engine, aggregate: str, length: int) ->
     )
     for before, after in zip(long, short, strict=True):
         assert (after.tokens, after.finish_reason) == (before.tokens[:length], "length")
-        assert after.text == llama.tokenizer.decode(after.tokens)
+        assert after.text == text_of(llama, after.tokens)
 
 
 LIMIT = 512  # max_position_embeddings of the tiny models
@@ -550,7 +554,7 @@ def test_an_end_token_ends_an_answer(
             assert isinstance(events[-1], Done)
             (got,) = events[-1].answer.experts
             assert (got.tokens, got.finish_reason) == (plain[: at + 1], "stop")
-            assert got.text == events[-1].answer.text == llama.tokenizer.decode(plain[:at])
+            assert got.text == events[-1].answer.text == text_of(llama, plain[:at])
             assert "".join(event.text for event in events if isinstance(event, Token)) == got.text
     scored = shared.score(question(llama), [got.tokens], experts=["suffix"]).logprobs.item()
     assert got.logprob == pytest.approx(scored, abs=1e-4 * len(got.tokens))

@@ -12,7 +12,13 @@ from tests.engine.conftest import Tiny, kv_prompt, soft_prompt, token_ids
 from whispers_engine import Done, Engine, Expert, Failed, Request, Routed, SamplingParams, Token, WhispersError
 
 PAGE = 8
-CASES = [("embeddings", "prefix"), ("embeddings", "suffix"), ("embeddings", "detached"), ("kv", "prefix"), ("kv", "detached")]
+CASES = [
+    ("embeddings", "prefix"),
+    ("embeddings", "suffix"),
+    ("embeddings", "detached"),
+    ("kv", "prefix"),
+    ("kv", "detached"),
+]
 
 
 def committee(tiny: Tiny, size: int) -> list[Expert]:
@@ -59,7 +65,12 @@ def test_one_context_for_all_experts(llama: Tiny, placement: str, length: int) -
     for event in engine.stream(question, sampling=sampling):
         if isinstance(event, Token) and event.expert is not None:
             tokens[event.expert] += 1
-        if isinstance(event, Token) and event.expert == "e19" and set(tokens.values()) == {tokens["e19"]} and tokens["e19"] < 3:
+        if (
+            isinstance(event, Token)
+            and event.expert == "e19"
+            and set(tokens.values()) == {tokens["e19"]}
+            and tokens["e19"] < 3
+        ):
             # Every branch has its header and all its tokens but the newest in pages of its own.
             own = (5 if placement == "suffix" else 0) + 4 + tokens["e19"] - 1
             assert used(engine) == (ceil(length / PAGE), 20 * ceil(own / PAGE))

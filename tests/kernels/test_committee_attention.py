@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.kernels.plans import FP8, Case, Inputs, cases, options
-from whispers_kernels import Segment, committee_attention
+from whispers_kernels import Plan, Segment, committee_attention
 
 EPS32 = torch.finfo(torch.float32).eps
 INF = math.inf
@@ -182,3 +182,11 @@ def test_by_hand(name: str) -> None:
     for row, values in enumerate(seen):
         assert out[row].flatten().tolist() == pytest.approx([sum(values) / max(len(values), 1)] * 2)
         assert lse[row].exp().tolist() == pytest.approx([len(values)] * 2)
+
+
+def test_without_return_lse_the_result_comes_alone() -> None:
+    q, pages = torch.zeros(2, 2, 1), torch.arange(1.0, 9.0).reshape(4, 2, 1, 1)
+    plan = Plan.from_segments([CONTEXT, TWICE], [3, 1])
+    out, _ = committee_attention(q, pages, pages, plan, return_lse=True, impl="reference")
+    alone = committee_attention(q, pages, pages, plan, impl="reference")
+    assert isinstance(alone, Tensor) and torch.equal(alone, out)

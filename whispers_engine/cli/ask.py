@@ -19,16 +19,22 @@ if TYPE_CHECKING:
 
 def ask(
     question: Annotated[str, typer.Argument(help="What to ask.")],
-    option: Annotated[list[str] | None, typer.Option("--option", help="An answer to choose from; give several.")] = None,
+    option: Annotated[
+        list[str] | None, typer.Option("--option", help="An answer to choose from; give several.")
+    ] = None,
     model: ModelOption = None,
-    committee: Annotated[Path | None, typer.Option("--committee", help="The committee's folder; none: the base alone.")] = None,
+    committee: Annotated[
+        Path | None, typer.Option("--committee", help="The committee's folder; none: the base alone.")
+    ] = None,
     experts: Annotated[str | None, typer.Option("--experts", help="Names, with commas between. Default: all.")] = None,
     top_k: Annotated[int, typer.Option("--top-k", help="How many experts a router chooses.")] = 3,
     aggregate: Annotated[str, typer.Option("--aggregate", help="vote, delegate, mixture or product.")] = "vote",
     profile: Annotated[list[str] | None, typer.Option("--profile", help="KEY=VALUE, a hint to the router.")] = None,
     temperature: Annotated[float, typer.Option("--temperature", help="0 takes the likeliest token.")] = 0.0,
     top_p: Annotated[float, typer.Option("--top-p", help="Keep the likeliest tokens up to this probability.")] = 1.0,
-    sample_top_k: Annotated[int, typer.Option("--sample-top-k", help="Keep so many of the likeliest tokens; 0: all.")] = 0,
+    sample_top_k: Annotated[
+        int, typer.Option("--sample-top-k", help="Keep so many of the likeliest tokens; 0: all.")
+    ] = 0,
     seed: Annotated[int | None, typer.Option("--seed", help="The same seed, the same answer.")] = None,
     stop: Annotated[list[str] | None, typer.Option("--stop", help="End an answer before this text.")] = None,
     max_tokens: Annotated[int, typer.Option("--max-tokens", help="An answer's length at most.")] = 64,
@@ -109,5 +115,5 @@ def _show(question: str, answer: Answer, aggregate: str) -> None:
         f"({usage['context_tokens_cached']} cached), branches {usage['branch_tokens']}, generated {usage['generated_tokens']}; "
         f"{timing['prefill']:.2f} s to the first result, {timing['total']:.2f} s in all",
         style="dim",
-        highlight=False,
+        soft_wrap=True,
     )

@@ -14,14 +14,17 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 if TYPE_CHECKING:
     from whispers_engine.engine import Engine
 
-out = Console()
-err = Console(stderr=True)
+# What users wrote is shown as it is: nothing in it is markup.
+out = Console(markup=False, emoji=False, highlight=False)
+err = Console(markup=False, emoji=False, highlight=False, stderr=True)
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 
 ModelOption = Annotated[
     str | None,
-    typer.Option("--model", help=f"Folder, hub id or built-in name. Default: the committee's base, or {DEFAULT_MODEL}."),
+    typer.Option(
+        "--model", help=f"Folder, hub id or built-in name. Default: the committee's base, or {DEFAULT_MODEL}."
+    ),
 ]
 CommitteeOption = Annotated[Path, typer.Option("--committee", help="The committee's folder.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")]
@@ -38,7 +41,12 @@ def pull_with_progress(name: str) -> Path:
     """Pulls a built-in base, with a bar on stderr."""
     from whispers_engine.pull import pull
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:3.0f} %"), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:3.0f} %"),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, console=err, transient=True) as bar:
         tasks: dict[str, Any] = {}
 

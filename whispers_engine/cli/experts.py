@@ -82,7 +82,9 @@ def create(
     committee: CommitteeOption,
     placement: Annotated[str, typer.Option("--placement", help="prefix, suffix or detached.")] = "suffix",
     culture: CultureOption = None,
-    virtual_tokens: Annotated[int | None, typer.Option("--virtual-tokens", help="Cut or repeat the text's tokens to so many.")] = None,
+    virtual_tokens: Annotated[
+        int | None, typer.Option("--virtual-tokens", help="Cut or repeat the text's tokens to so many.")
+    ] = None,
     model: ModelOption = None,
 ) -> None:
     """Make an expert from a sentence."""
@@ -91,7 +93,7 @@ def create(
     engine = load_engine(*_base(model, committee))
     expert = Expert.from_text(name, text, engine, placement, culture, virtual_tokens)
     Committee.add(committee, expert, engine.model_name, engine.fingerprint)
-    out.print(f"{committee / name}: {expert.num_tokens} virtual tokens, {placement}", highlight=False)
+    out.print(f"{committee / name}: {expert.num_tokens} virtual tokens, {placement}")
 
 
 @app.command("import")
@@ -113,7 +115,7 @@ def import_peft(
     expert.check_fits(engine.model.config, engine.fingerprint)
     expert = replace(expert, base=engine.fingerprint, record={"imported": "peft"})
     Committee.add(committee, expert, engine.model_name, engine.fingerprint)
-    out.print(f"{committee / name}: {expert.num_tokens} virtual tokens, {expert.kind}, {placement}", highlight=False)
+    out.print(f"{committee / name}: {expert.num_tokens} virtual tokens, {expert.kind}, {placement}")
 
 
 @app.command()
@@ -131,7 +133,7 @@ def export(
         expert.to_peft(folder)
     for warning in caught:
         typer.echo(f"warning: {warning.message}", err=True)
-    out.print(f"{folder}: {expert.num_tokens} virtual tokens, {expert.kind}", highlight=False)
+    out.print(f"{folder}: {expert.num_tokens} virtual tokens, {expert.kind}")
 
 
 def _base(model: str | None, committee: Path) -> tuple[str | None, None]:

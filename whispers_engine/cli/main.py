@@ -36,7 +36,7 @@ def pull(
     if json:
         print_json({"name": name, "folder": str(folder), "pulled": not there})
     else:
-        out.print(f"{name}: {'already at' if there else 'now at'} {folder}", highlight=False, soft_wrap=True)
+        out.print(f"{name}: {'already at' if there else 'now at'} {folder}", soft_wrap=True)
 
 
 def run() -> None:
