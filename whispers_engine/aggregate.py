@@ -6,6 +6,7 @@ import math
 import unicodedata
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from .errors import WhispersError
 
@@ -53,7 +54,7 @@ def _ranks(values: Sequence[float]) -> list[int]:
     """Every value's place, 0 for the largest; values that are the same up to rounding have the same place."""
     order = sorted(range(len(values)), key=values.__getitem__, reverse=True)
     places, place = [0] * len(values), 0
-    for before, index in zip(order, order[1:], strict=False):
+    for before, index in pairwise(order):
         place += values[before] - values[index] > _SAME
         places[index] = place
     return places

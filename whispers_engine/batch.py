@@ -42,10 +42,10 @@ class Span:
 
 
 class Work(NamedTuple):
-    """The next `count` positions of a span are to be computed. Its pages are there."""
+    """The next `rows` positions of a span are to be computed. Its pages are there."""
 
     span: Span
-    count: int
+    rows: int
 
 
 def build_batch(

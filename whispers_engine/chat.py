@@ -37,7 +37,7 @@ class ChatEncoder:
     """
 
     def __init__(self, tokenizer: Any, vocab_size: int, template_kwargs: Mapping[str, Any] | None = None):
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._template_kwargs = {"enable_thinking": False, **(template_kwargs or {})}
 
@@ -82,7 +82,7 @@ class ChatEncoder:
 
     def encode(self, text: str) -> list[int]:
         """A text's tokens, without special ones. Raises WhispersError where the base has no embedding for one."""
-        return self.ids(repr(text), self._tokenizer.encode(text, add_special_tokens=False))
+        return self.ids(repr(text), self.tokenizer.encode(text, add_special_tokens=False))
 
     def ids(self, name: str, ids: Any) -> list[int]:
         """Checks token ids."""
@@ -101,7 +101,7 @@ class ChatEncoder:
             raise WhispersError(
                 f"messages: the last is {dict(messages[-1])!r}; accepted: a user turn that is not empty"
             )
-        if not self._tokenizer.chat_template:
+        if not self.tokenizer.chat_template:
             raise WhispersError(
                 "question: this base has no chat template; accepted: token ids, or a base with a chat template"
             )
@@ -115,7 +115,7 @@ class ChatEncoder:
 
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> list[int]:
         try:
-            encoded = self._tokenizer.apply_chat_template(
+            encoded = self.tokenizer.apply_chat_template(
                 [dict(message) for message in messages],
                 add_generation_prompt=add_generation_prompt,
                 tokenize=True,

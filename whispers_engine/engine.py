@@ -2,49 +2,31 @@
 
 from __future__ import annotations
 
-import itertools
-import math
 import os
-import secrets
-import time
-import zlib
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from whispers_kernels.ops import check_impl
-from whispers_kernels.reference import rotate
 
-from .aggregate import POOLED, Ballot, check_aggregation, normalise, tally
-from .batch import Span, Work
-from .chat import ChatEncoder, Question, TextStream, load_tokenizer
+from .chat import ChatEncoder, Question, load_tokenizer
 from .config import DTYPES, ModelConfig
 from .errors import WhispersError
 from .experts import Committee, Expert
-from .kv_cache import Lease, PagePool, page_hashes, root_hash
+from .intake import Intake
+from .kv_cache import PagePool
 from .model import Model
+from .panel import Panel
 from .pull import BUILT_IN, pull
-from .request import Answer, Done, Event, ExpertAnswer, Failed, Finished, Request, Scored, ScoreResult
+from .request import Answer, Done, Event, Failed, Request, Scored, ScoreResult
 from .sampling import SamplingParams
-from .scheduler import Branch, Context, Scheduler, Task
+from .scheduler import Scheduler, Task
 from .weights import Checkpoint, load_weights
 
 BASE = "base"  # the name of the branch that has no soft prompt
-
-
-@dataclass(eq=False)
-class _Member:
-    """An expert in this engine: what of it lives on the device."""
-
-    expert: Expert
-    soft: Tensor | None = None  # [m, hidden], for rows that embed it
-    front: Span | None = None  # its pinned pages, for a soft prompt in front
-    lease: Lease | None = None
 
 
 class Engine:
@@ -132,19 +114,19 @@ class Engine:
         pages = _pool_pages(config, torch_dtype, where, kv_cache_tokens, page_size)
         self.pool = PagePool(pages, page_size, config.num_layers, config.kv_heads, config.head_dim, torch_dtype, where)
         self._scheduler = Scheduler(self.model, self.pool, max_num_seqs, max_num_batched_tokens)
-        self._members: dict[str, _Member] = {}
-        self._ids = itertools.count()
+        self._panel = Panel(self._scheduler, self.fingerprint)
+        self._intake = Intake(self._scheduler, self._panel, self.chat, self.fingerprint)
         self._inbox: list[Event] = []  # events of submitted requests, until `step` hands them out
         self._submitted: dict[int, Task] = {}
         if loaded is not None:
-            self._add(loaded.experts)
+            self._panel.add(loaded.experts)
 
     # --- experts ---------------------------------------------------------------------------------------------------------------
 
     @property
     def experts(self) -> list[str]:
         """Names, in the order they were added."""
-        return list(self._members)
+        return self._panel.names
 
     def add_expert(self, expert: Expert | str | Path) -> None:
         """Adds an expert, or the one in a folder; a soft prompt in front is computed and pinned now.
@@ -152,96 +134,15 @@ class Engine:
         Raises:
             WhispersError: a name that is taken, another base, another width, or a pool that has no room for its pages.
         """
-        self._add([expert if isinstance(expert, Expert) else Expert.load(expert)])
+        self._panel.add([expert if isinstance(expert, Expert) else Expert.load(expert)])
 
     def remove_expert(self, name: str) -> None:
         """Forgets an expert. Requests that it is answering go on. Raises WhispersError for an unknown name."""
-        member = self._member(name)
-        del self._members[name]
-        if member.lease is not None:
-            member.lease.close()
+        self._panel.remove(name)
 
     def expert(self, name: str) -> Expert:
         """The expert of that name. Raises WhispersError for an unknown one."""
-        return self._member(name).expert
-
-    def _member(self, name: str) -> _Member:
-        if name not in self._members:
-            raise WhispersError(
-                f"expert {name!r} is not in this committee; accepted: {', '.join(self._members) or 'none'}"
-            )
-        return self._members[name]
-
-    def _add(self, experts: Sequence[Expert]) -> None:
-        """Adds all or none; soft prompts in front are computed together."""
-        config, names = self.model.config, set(self._members)
-        for expert in experts:
-            expert.check_fits(config, self.fingerprint)
-            if not bool(torch.isfinite(expert.embeddings.to(self.model.dtype)).all()):
-                raise WhispersError(
-                    f"expert {expert.name!r}: values up to {float(expert.embeddings.abs().max()):.3g} are infinite in "
-                    f"{self.model.dtype}; accepted: smaller values, or an engine of another dtype"
-                )
-            if expert.name in names:
-                raise WhispersError(
-                    f"expert {expert.name!r}: the name is taken; accepted: one not in {', '.join(names)}"
-                )
-            names.add(expert.name)
-        fronts = [expert for expert in experts if expert.placement != "suffix"]
-        needed = sum(self.pool.pages_for(expert.num_tokens) for expert in fronts)
-        if needed > self.pool.available:
-            raise WhispersError(
-                f"kv_cache_tokens: the page pool is too small to pin {len(fronts)} soft prompts: {needed} pages of "
-                f"{self.pool.page_size} needed, {self.pool.available} of {self.pool.num_pages} free"
-            )
-        members = {expert.name: self._place(expert) for expert in experts}
-        spans = [member.front for member in members.values() if member.front is not None]
-        try:
-            with torch.inference_mode():
-                while work := self._some_rows([span for span in spans if span.pending]):
-                    self._scheduler.compute(work)
-        except BaseException:
-            for member in members.values():
-                if member.lease is not None:
-                    member.lease.close()
-            raise
-        self._members.update(members)
-
-    def _some_rows(self, spans: list[Span]) -> list[Work]:
-        work, budget = [], self._scheduler.max_num_batched_tokens
-        for span in spans:
-            if budget:
-                work.append(Work(span, min(span.pending, budget)))
-                budget -= work[-1].count
-        return work
-
-    def _place(self, expert: Expert) -> _Member:
-        """Moves an expert to the device; kv experts are written into their pages here, embeddings are computed by the caller."""
-        member, m = _Member(expert), expert.num_tokens
-        if expert.kind == "embeddings":
-            member.soft = expert.embeddings.to(self.model.device, self.model.dtype)
-        if expert.placement != "suffix":
-            member.lease = self.pool.lease(self.pool.pages_for(m))
-            assert member.lease is not None  # the caller has counted
-            member.front = Span("pinned", -m, [-1 - j for j in range(m)], soft=member.soft, lease=member.lease)
-            if expert.kind == "kv":
-                self._write_kv(expert, member.front, member.lease)
-        return member
-
-    def _write_kv(self, expert: Expert, span: Span, lease: Lease) -> None:
-        """Stores learned keys and values. Their context would start at m and ours starts at 0: the keys are rotated by -m, once."""
-        m = expert.num_tokens
-        span.pages = [lease.take("pinned") for _ in range(self.pool.pages_for(m))]
-        span.computed = m
-        cos, sin = self.model.rotation(torch.full((m,), -m, device=self.model.device))
-        values = expert.embeddings.to(self.model.device).transpose(2, 3)  # [L, 2, m, Hkv, D], float32
-        offset = torch.arange(m, device=self.model.device)
-        pages = torch.tensor(span.pages, device=self.model.device)[offset // self.pool.page_size]
-        for layer in range(values.shape[0]):
-            self.pool.k[layer, pages, offset % self.pool.page_size] = rotate(values[layer, 0], cos, sin).to(
-                self.model.dtype
-            )
-            self.pool.v[layer, pages, offset % self.pool.page_size] = values[layer, 1].to(self.model.dtype)
+        return self._panel[name].expert
 
     # --- requests --------------------------------------------------------------------------------------------------------------
 
@@ -282,7 +183,7 @@ class Engine:
         sampling = SamplingParams() if sampling is None else sampling
         events: deque[Event] = deque()
         request = Request(question, options, experts, top_k, aggregate, profile, sampling)
-        return _Stream(self._scheduler, self._task(request, events.append), events)
+        return _Stream(self._scheduler, self._intake.task(request, events.append), events)
 
     def score(
         self,
@@ -301,7 +202,7 @@ class Engine:
             WhispersError: anything that is refused, before any work.
         """
         events: deque[Event] = deque()
-        task = self._task(Request(context, options, experts), events.append, score=True)
+        task = self._intake.task(Request(context, options, experts), events.append, score=True)
         for event in _Stream(self._scheduler, task, events):
             if isinstance(event, Scored):
                 return event.result
@@ -313,7 +214,7 @@ class Engine:
         Raises:
             WhispersError: anything in the request that is refused, before any work.
         """
-        task = self._task(request, self._inbox.append)
+        task = self._intake.task(request, self._inbox.append)
         self._submitted[task.id] = task
         self._scheduler.add(task)
         return task.id
@@ -343,195 +244,6 @@ class Engine:
         """pages_total, pages_free (kept ones included), pages_kept (full context pages that nobody uses at the moment), pages_pinned,
         pages_context, pages_branch."""
         return self.pool.stats()
-
-    # --- from a request to a task ----------------------------------------------------------------------------------------------
-
-    def _task(self, request: Request, sink: Callable[[Event], None], score: bool = False) -> Task:
-        """Checks a request and lays out its spans; nothing is computed. Raises WhispersError."""
-        check_aggregation(request.aggregate)
-        if not isinstance(request.sampling, SamplingParams):
-            raise WhispersError(f"sampling: a {type(request.sampling).__name__}; accepted: SamplingParams")
-        if not isinstance(request.top_k, int) or request.top_k < 1:
-            raise WhispersError(f"top_k: {request.top_k!r}; accepted: an integer, at least 1")
-        if request.profile:
-            raise WhispersError(
-                "profile: this committee has no router that could read it; accepted: None, with experts named"
-            )
-        routing = self._routing(request.experts)
-        context_ids, header = self.chat.split(request.question)
-        options = self._options(request.options, required=score)
-        asked = routing
-        if request.aggregate == "delegate" and not score:
-            asked = [max(routing, key=lambda item: item[1])]  # the first of the heaviest
-
-        members = [(name, weight, self._members.get(name)) for name, weight in asked]
-        question_tokens = len(context_ids) + len(header)
-        longest = question_tokens + max(_prompt_tokens(member) for _, _, member in members)
-        room = self.model.config.max_position - longest
-        answer = 1 if options is None else max(map(len, options))
-        if room < answer:
-            raise WhispersError(
-                f"question: {longest} tokens with soft prompt and header, {answer} more for an answer; accepted: "
-                f"{self.model.config.max_position} in all, this base's max_position_embeddings"
-            )
-        if len(members) > self._scheduler.max_num_seqs:
-            raise WhispersError(
-                f"experts: {len(members)} at once; accepted: max_num_seqs={self._scheduler.max_num_seqs}"
-            )
-
-        contexts: dict[str, Context] = {}  # by the expert that the context sees, "" for none
-        branches = []
-        for name, weight, member in members:
-            context = self._context(context_ids, member, contexts)
-            span = self._branch_span(context.span, header, member)
-            text = TextStream(self.tokenizer, request.sampling.stop)
-            # A pool ends as one, where its longest branch must; a branch on its own has the room that it would have alone.
-            mine = room if request.aggregate in POOLED else room + longest - question_tokens - _prompt_tokens(member)
-            branch = Branch(name, weight, span, text, _noise(name), min(request.sampling.max_tokens, mine))
-            if options is not None:
-                branch.options = [Span("branch", span.end, ids[:-1], parent=span) for ids in options]
-                branch.option_logprobs = [0.0] * len(options)
-            branches.append(branch)
-        fronts = [member.front for _, _, member in members if member is not None and member.front is not None]
-        pins = self.pool.lease(0, [page for front in fronts for page in front.pages])
-        assert pins is not None  # pinned pages are held already
-        task = Task(
-            id=next(self._ids),
-            contexts=list(contexts.values()),
-            branches=branches,
-            pins=pins,
-            aggregate=request.aggregate,
-            sampling=request.sampling,
-            seed=secrets.randbits(64) if request.sampling.seed is None else request.sampling.seed,
-            options=options,
-            sink=sink,
-            finish=self._scored if score else lambda task: self._answered(task, request, routing),
-        )
-        needed, there = task.pages_needed(self.pool), self.pool.num_pages - self.pool.stats()["pages_pinned"]
-        if needed > there:
-            pins.close()
-            raise WhispersError(
-                f"kv_cache_tokens: the page pool is too small: the request can take {needed} pages of {self.pool.page_size}, "
-                f"{there} are not pinned; accepted: fewer experts, a smaller max_tokens, a shorter question, a larger pool"
-            )
-        return task
-
-    def _routing(self, experts: Sequence[str] | Mapping[str, float] | None) -> list[tuple[str, float]]:
-        """Names and weights that sum to one."""
-        if isinstance(experts, str):
-            raise WhispersError(f"experts: the string {experts!r}; accepted: a list of names")
-        named = dict.fromkeys(self._members, 1.0) if experts is None else experts
-        if not isinstance(named, Mapping | Sequence) or not all(isinstance(name, str) for name in named):
-            raise WhispersError(f"experts: {experts!r}; accepted: a list of names, or a mapping from names to weights")
-        if isinstance(named, Mapping):
-            weights = dict(named)
-        else:
-            weights = dict.fromkeys(named, 1.0)
-            if len(weights) != len(named):
-                raise WhispersError(f"experts: {list(named)!r} names one twice; accepted: every name once")
-        if not weights:
-            return [(BASE, 1.0)]
-        for name, weight in weights.items():
-            self._member(name)
-            if not isinstance(weight, int | float) or not math.isfinite(weight) or weight < 0:
-                raise WhispersError(
-                    f"experts: {name!r} has the weight {weight!r}; accepted: a finite number, at least 0"
-                )
-        total = sum(weights.values())
-        if not 0 < total < math.inf:
-            raise WhispersError(f"experts: the weights sum to {total}; accepted: a finite sum above 0")
-        return [(name, weight / total) for name, weight in weights.items()]
-
-    def _options(self, options: Sequence[str | Sequence[int]] | None, required: bool) -> list[list[int]] | None:
-        if options is None and not required:
-            return None
-        if isinstance(options, str) or not isinstance(options, Sequence) or not options:
-            raise WhispersError(
-                f"options: {options!r}; accepted: a list of strings or of lists of token ids, not empty"
-            )
-        return [self.chat.option(option) for option in options]
-
-    def _context(self, ids: list[int], member: _Member | None, contexts: dict[str, Context]) -> Context:
-        """The context that a branch hangs from: its own where it sees the soft prompt, one for all where it does not."""
-        prefix = member is not None and member.expert.placement == "prefix"
-        key = member.expert.name if member is not None and prefix else ""
-        if key not in contexts:
-            seen = f"prefix {member.expert.content_hash}" if member is not None and prefix else ""
-            front = member.front if member is not None and prefix else None
-            hashes = page_hashes(root_hash(self.fingerprint, seen), ids, self.pool.page_size)
-            contexts[key] = Context(Span("context", 0, ids, front=front), hashes)
-        return contexts[key]
-
-    def _branch_span(self, context: Span, header: list[int], member: _Member | None) -> Span:
-        if member is not None and member.expert.placement == "suffix":
-            virtual = [-1 - j for j in range(member.expert.num_tokens)]
-            return Span("branch", context.end, [*virtual, *header], parent=context, soft=member.soft)
-        front = member.front if member is not None and member.expert.placement == "detached" else None
-        return Span("branch", context.end, list(header), parent=context, front=front)
-
-    # --- from a finished task to its result ------------------------------------------------------------------------------------
-
-    def _scored(self, task: Task) -> list[Event]:
-        logprobs = torch.tensor([branch.option_logprobs for branch in task.branches], dtype=torch.float64)
-        weights = torch.tensor([branch.weight for branch in task.branches], dtype=torch.float64)
-        result = ScoreResult(
-            experts=[branch.name for branch in task.branches],
-            logprobs=logprobs.float(),
-            weights=weights.float(),
-            pooled=(weights @ logprobs.softmax(-1)).float(),
-            usage=_usage(task),
-        )
-        return [Scored(task.id, result)]
-
-    def _answered(self, task: Task, request: Request, routing: list[tuple[str, float]]) -> list[Event]:
-        events: list[Event] = []
-        shares: list[float] | None = None
-        if task.options is None or request.options is None:
-            records = [branch.record() for branch in task.branches]
-            choices: list[Any] = [normalise(record.text) for record in records]
-            winner = choices[0] if task.pooled else None
-        else:
-            texts = [option if isinstance(option, str) else self.tokenizer.decode(option) for option in request.options]
-            shares = _pool_options(task)
-            choices = [max(range(len(texts)), key=branch.option_logprobs.__getitem__) for branch in task.branches]
-            winner = max(range(len(texts)), key=shares.__getitem__) if task.pooled else None
-            records = [
-                ExpertAnswer(
-                    branch.name, branch.weight, texts[o], branch.option_logprobs[o], list(task.options[o]), "option"
-                )
-                for branch, o in zip(task.branches, choices, strict=True)
-            ]
-            events += [Finished(task.id, record) for record in records]
-        ballots = [
-            Ballot(record.expert, record.weight, choice, record.logprob / len(record.tokens))
-            for record, choice in zip(records, choices, strict=True)
-        ]
-        outcome = tally(ballots, math.fsum(record.weight for record in records), winner)
-        if shares is not None and winner is not None:
-            text = texts[winner]
-        else:
-            text = records[outcome.winner].text
-        votes: dict[str, float] = {}
-        for index, weight in outcome.votes:  # two options can read the same
-            votes[records[index].text] = votes.get(records[index].text, 0.0) + weight
-        now = time.perf_counter()
-        answer = Answer(
-            text=text,
-            routing=routing,
-            gated=False,
-            experts=records,
-            votes=votes,
-            options=shares,
-            agreement=outcome.agreement,
-            diversity_entropy=outcome.diversity_entropy,
-            usage=_usage(task),
-            timing={
-                "prefill": task.first_result - task.submitted,
-                "decode": now - task.first_result,
-                "total": now - task.submitted,
-            },
-        )
-        return [*events, Done(task.id, answer)]
 
 
 class _Stream(Iterator[Event]):
@@ -570,35 +282,6 @@ class _Stream(Iterator[Event]):
 
     def __del__(self) -> None:
         self.close()
-
-
-def _pool_options(task: Task) -> list[float]:
-    """The options' pooled probabilities: the logarithmic pool for `product`, else the linear one."""
-    logp = torch.tensor([branch.option_logprobs for branch in task.branches], dtype=torch.float64).log_softmax(-1)
-    weights = torch.tensor([branch.weight for branch in task.branches], dtype=torch.float64)
-    asked = weights > 0  # 0 * -inf is NaN
-    logp, weights = logp[asked], weights[asked] / weights[asked].sum()
-    pooled = (weights @ logp).softmax(-1) if task.aggregate == "product" else weights @ logp.exp()
-    return pooled.tolist()
-
-
-def _prompt_tokens(member: _Member | None) -> int:
-    return 0 if member is None else member.expert.num_tokens
-
-
-def _usage(task: Task) -> dict[str, int]:
-    generated = sum(len(branch.tokens) for branch in task.branches)
-    return {
-        "context_tokens": sum(len(context.span.ids) for context in task.contexts),
-        "context_tokens_cached": sum(context.cached for context in task.contexts),
-        "branch_tokens": sum(len(span.ids) for branch in task.branches for span in (branch.span, *branch.options)),
-        "generated_tokens": generated,
-    }
-
-
-def _noise(name: str) -> int:
-    """A branch's part of the random numbers' counter: of its name alone, so that an expert samples the same in any committee."""
-    return zlib.crc32(name.encode())
 
 
 def _device(name: str) -> torch.device:

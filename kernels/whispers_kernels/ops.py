@@ -135,12 +135,15 @@ def committee_attention(
         kv_heads > 0 and q.shape[1] % kv_heads == 0, f"q: {q.shape[1]} q_heads are no multiple of {kv_heads} kv_heads"
     )
     _require(plan.num_rows == q.shape[0], f"plan: {plan.num_rows} rows for a q of {q.shape[0]}")
-    _require(plan.pages_needed <= k_pages.shape[0], f"plan: page {plan.pages_needed - 1} of {k_pages.shape[0]}")
+    _require(
+        plan.pages_needed <= k_pages.shape[0],
+        f"plan: names page {plan.pages_needed - 1}; the pool has {k_pages.shape[0]} pages",
+    )
     _require(
         plan.page_size_needed <= k_pages.shape[1],
         f"plan: a segment is longer than its pages of {k_pages.shape[1]} keys; it needs pages of {plan.page_size_needed}",
     )
-    _require(plan.position.device == q.device, f"plan: on {plan.position.device}, q on {q.device}")
+    _require(plan.position.device == q.device, f"plan: on {plan.position.device}; accepted: q's device, {q.device}")
     _require(window is None or window >= 1, f"window: {window}; accepted: None or at least 1")
     _require(softcap is None or softcap > 0, f"softcap: {softcap}; accepted: None or above 0")
     out, lse = torch.ops.whispers.committee_attention(
@@ -289,7 +292,7 @@ def pool_logits(logits: Tensor, weights: Tensor, group_ptr: Tensor, rule: str, *
 
     Args:
         logits: `[R, V]`, any float dtype.
-        weights: float32 `[R]`, not negative, summing to one in each group and above 0 in one row at least. A weight of 0 leaves its row out.
+        weights: float32 `[R]`, not negative, summing to one in each group. A weight of 0 leaves its row out.
         group_ptr: int32 `[C+1]`; group c is rows `[group_ptr[c], group_ptr[c+1])`.
         rule: "mixture", `log sum_e w_e p_e`; or "product", `log_softmax(sum_e w_e log p_e)`.
 

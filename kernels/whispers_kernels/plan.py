@@ -63,7 +63,9 @@ class Plan:
         pages_needed, page_size_needed, page_ptr = 0, 1, [0]
         for index, segment in enumerate(table):
             if segment.length < 0 or (segment.length > 0 and not segment.pages):
-                raise ValueError(f"segment {index}: length {segment.length} with {len(segment.pages)} pages")
+                raise ValueError(
+                    f"segment {index}: length {segment.length} with {len(segment.pages)} pages; accepted: at least 0, and pages for it"
+                )
             if not 0 <= segment.row_begin <= segment.row_end <= rows:
                 raise ValueError(
                     f"segment {index}: rows [{segment.row_begin}, {segment.row_end}) lie outside the step's [0, {rows})"

@@ -6,6 +6,7 @@ All compute in float32 (float64 for float64 input) and round once, to the result
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -50,7 +51,7 @@ def committee_attention(
     v_scale: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """One softmax over the union of the keys that a row sees. Returns `[R, Hq, D]` and the log-sum-exp, float32 `[R, Hq]`."""
-    rows, q_heads, dim = q.shape
+    rows, q_heads = q.shape[:2]
     page_size, kv_heads = k_pages.shape[1:3]
     wide = _wide(q.dtype)
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
@@ -71,7 +72,7 @@ def committee_attention(
         row = torch.arange(begin, end, device=q.device)[:, None]  # [r, 1]
         visible = (row >= row_begin[segment]) & (row < row_end[segment]) & (key_position <= position[begin:end, None])
         if window is not None:
-            visible &= key_position > position[begin:end, None] - window  # [r, K]
+            visible &= key_position > position[begin:end, None].long() - window  # [r, K]
 
         # All rows and grouped heads of a KV head are one matrix: [Hkv, group * r, D] x [Hkv, D, K].
         group = q_heads // kv_heads
@@ -83,7 +84,12 @@ def committee_attention(
         total = torch.logsumexp(scores, dim=-1, keepdim=True)
         # A row that sees nothing has total = -inf; exp(-inf - 0) = 0 makes its result zeros, not NaN.
         weights = torch.exp(scores - total.masked_fill(total == -math.inf, 0.0))
-        result = torch.matmul(weights.flatten(1, 2), load(v_pages, v_scale).permute(1, 0, 2))  # [Hkv, group * r, D]
+        values = load(v_pages, v_scale).permute(1, 0, 2)  # [Hkv, K, D]
+        result = torch.matmul(weights.flatten(1, 2), values.nan_to_num(0.0, 0.0, 0.0))  # [Hkv, group * r, D]
+        if not bool(values.isfinite().all()):
+            # 0 * NaN is NaN: a value that is not finite concerns the rows that see it, and no others.
+            seen = visible.to(wide).repeat(group, 1).expand(kv_heads, -1, -1)
+            result = result.masked_fill(torch.matmul(seen, (~values.isfinite()).to(wide)) > 0, math.nan)
         out[begin:end] = result.unflatten(1, (group, -1)).permute(2, 0, 1, 3).flatten(1, 2).to(q.dtype)
         lse[begin:end] = total.squeeze(-1).permute(2, 0, 1).flatten(1, 2).float()
     return out, lse
@@ -148,7 +154,7 @@ def rope_and_store(
 def silu_mul(gate_up: Tensor) -> Tensor:
     """`silu(gate) * up` of `[R, 2 * I]`, gate first."""
     gate, up = gate_up.to(_wide(gate_up.dtype)).chunk(2, dim=-1)
-    return (torch.nn.functional.silu(gate) * up).to(gate_up.dtype)
+    return (torch.nn.functional.silu(gate) * up).to(gate_up.dtype).contiguous()
 
 
 def pool_logits(logits: Tensor, weights: Tensor, group_ptr: Tensor, rule: str) -> Tensor:
@@ -156,7 +162,7 @@ def pool_logits(logits: Tensor, weights: Tensor, group_ptr: Tensor, rule: str) -
     bounds = group_ptr.tolist()
     wide = _wide(logits.dtype)
     out = torch.empty(len(bounds) - 1, logits.shape[1], dtype=torch.float32, device=logits.device)
-    for group, (begin, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for group, (begin, end) in enumerate(pairwise(bounds)):
         asked = begin + torch.nonzero(weights[begin:end] > 0)[:, 0]  # weight 0 is skipped: 0 * -inf is NaN
         logp = torch.log_softmax(logits[asked].to(wide), dim=-1)  # [e, V]
         share = weights[asked].to(wide)[:, None]

@@ -3,7 +3,6 @@ piece, never a piece too many, and always the text that they are together."""
 
 from __future__ import annotations
 
-import os.path
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from tests.engine.conftest import TEMPLATE, Tiny, kv_prompt, make_tokenizer, soft_prompt, token_ids
+from tests.engine.conftest import TEMPLATE, Tiny, kv_prompt, make_tokenizer, soft_prompt
 from tests.engine.oracle import oracle_logprobs
 from whispers_engine import Engine
 from whispers_engine.chat import ChatEncoder, TextStream
@@ -24,7 +23,7 @@ from whispers_engine.chat import ChatEncoder, TextStream
 TURNS = "{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"
 THINKING = (
     TURNS + "{% if add_generation_prompt %}<|start|>assistant\n"
-    "{% if enable_thinking is not defined or enable_thinking %}think{% else %}speak{% endif %}\n{% endif %}"
+    "{% if enable_thinking is not defined or enable_thinking %}think\n{% else %}speak\n{% endif %}{% endif %}"
 )
 QUESTION = "what do people eat?"
 MESSAGES = [
@@ -134,9 +133,8 @@ def test_the_header_is_what_follows_the_common_tokens(
         )
         got = encoder_.split(question)
         assert got[0] + got[1] == whole
-        assert (
-            got[1] == (whole[len(os.path.commonprefix([whole, without])) :] or whole[-1:]) == encode(tokenizer, header)
-        )
+        common = max(end for end in range(len(whole) + 1) if whole[:end] == without[:end])
+        assert got[1] == (whole[common:] or whole[-1:]) == encode(tokenizer, header)
 
 
 def test_the_border_is_between_tokens_not_characters(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -321,8 +319,8 @@ def test_stop_strings(tokenizer: PreTrainedTokenizerFast, text: str, stop: list[
         (["ab", "ac"], ["abc"], ["", "abac"], "abac"),  # it was none after all
         (["a", "ab", "c"], ["aabb", "abc"], ["", "", "a"], "a"),
         (["x", "abcd"], ["cd", "bc"], ["x", "a"], "xa"),  # the one that begins first
-        (["abc"], ["b", "abc"], [""], ""),
-        (["a", "b", "c"], ["b", "abc"], ["", "a", ""], "a"),  # complete first
+        (["x", "rice"], ["ce", "ric"], ["x", ""], "x"),  # the same within one token
+        (["a", "b", "c"], ["b", "abc"], ["", "a", ""], "a"),  # the one that is complete first
         (["é", "🍚"], ["🍚"], ["é", ""], "é"),
     ],
 )
@@ -366,17 +364,18 @@ def test_pieces_with_byte_fallback(fallback: PreTrainedTokenizerFast, text: str)
     assert "".join(pieces) == stream.text == text.replace("▁", " ").removeprefix(" ")
 
 
-@pytest.mark.parametrize("after", [[], ["a"], ["a", "a", "▁b"], ["<0xE3>", "<0x81>", "<0x82>", "a"]], ids=str)
-@pytest.mark.parametrize("stop", [(), ("aab",)], ids=str)
-def test_a_byte_that_undoes_a_character(
-    fallback: PreTrainedTokenizerFast, after: list[str], stop: tuple[str, ...]
-) -> None:
-    """`あ`, then a byte that cannot follow: this decoder takes the character back. What was handed out stays, and no error reaches the
-    step, where it would end every request."""
+@pytest.mark.parametrize(
+    ("after", "text"),
+    [([], ""), (["a"], "a"), (["a", "a", "▁b"], "aa b"), (["<0xE3>", "<0x81>", "<0x82>", "a", "▁b"], "a b")],
+    ids=["nothing", "a letter", "letters", "bytes"],
+)
+def test_a_byte_that_undoes_a_character(fallback: PreTrainedTokenizerFast, after: list[str], text: str) -> None:
+    """`あ`, then a byte that cannot follow: this decoder takes the character back. What was handed out stays, what follows is text as
+    ever, and no error reaches the step, where it would end every request."""
     tokens = fallback_ids(fallback, "あ") + fallback.convert_tokens_to_ids(["<0x80>", *after])
-    stream = TextStream(fallback, stop)
+    stream = TextStream(fallback, ())
     pieces = push_all(stream, tokens)
     assert "".join(pieces).startswith("あ")
     pieces.append(stream.finish())
     assert "".join(pieces) == stream.text
-    assert stream.text.endswith(fallback.decode(fallback.convert_tokens_to_ids(["a", *after])).removeprefix("a"))
+    assert stream.text.endswith(text)

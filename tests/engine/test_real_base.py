@@ -15,10 +15,28 @@ from whispers_engine.pull import pull
 ROOT = Path(__file__).parents[2]
 CULTURES = ROOT / "examples" / "cultures"
 TOLERANCE = 2e-4
-COUNTRIES = (
-    "united-states china india japan turkey vietnam russia brazil south-africa germany "
-    "france italy spain mexico egypt kenya nigeria indonesia philippines thailand"
-).split()
+COUNTRIES = [
+    "united-states",
+    "china",
+    "india",
+    "japan",
+    "turkey",
+    "vietnam",
+    "russia",
+    "brazil",
+    "south-africa",
+    "germany",
+    "france",
+    "italy",
+    "spain",
+    "mexico",
+    "egypt",
+    "kenya",
+    "nigeria",
+    "indonesia",
+    "philippines",
+    "thailand",
+]
 
 
 @pytest.fixture(scope="module")

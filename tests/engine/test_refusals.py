@@ -81,7 +81,8 @@ QUESTIONS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "without role": ([{"content": "rice"}], ("message {'content': 'rice'}", "accepted:", "role and content")),
     "content a list": ([{"role": "user", "content": ["rice"]}], ("message", "['rice']", "accepted:", "strings")),
     "messages and ids": ([USER, 5], ("token id {", "accepted:")),
-    "too long": ([5] * LIMIT, (f"{LIMIT + 4} tokens with soft prompt and header", "1 more for an answer", f"accepted: {LIMIT} in all", "max_position_embeddings")),
+    "too long": ([5] * LIMIT,
+        (f"{LIMIT + 4} tokens with soft prompt and header", "1 more for an answer", f"accepted: {LIMIT} in all", "max_position_embeddings")),
     "far too long": ("rice " * LIMIT, ("more for an answer", f"accepted: {LIMIT} in all")),
 }  # fmt: skip
 
@@ -593,7 +594,8 @@ def adapter_cut(folder: Path) -> None:
 KEY = "accepted: prompt_embeddings of two dimensions alone"
 
 FOLDERS: dict[str, tuple[str, Callable[[Path], Any], tuple[str, ...]]] = {
-    "LoRA": ("embeddings", rewrite("adapter_config.json", peft_type="LORA"), ("peft_type 'LORA'", "accepted: PROMPT_TUNING, PREFIX_TUNING")),
+    "LoRA": ("embeddings", rewrite("adapter_config.json", peft_type="LORA"),
+        ("peft_type 'LORA'", "accepted: PROMPT_TUNING, PREFIX_TUNING")),
     "encoder and decoder": (
         "embeddings",
         rewrite("adapter_config.json", num_transformer_submodules=2),
@@ -668,7 +670,8 @@ COMMITTEES: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
         rewrite("committee.json", base={"name": "other", "fingerprint": "0" * 32}),
         ("made for the base other (" + "0" * 32, "is "),
     ),
-    "no fingerprint": (rewrite("committee.json", base={"name": "other"}), ("base {'name'", "accepted: an object with name and fingerprint")),
+    "no fingerprint": (rewrite("committee.json", base={"name": "other"}),
+        ("base {'name'", "accepted: an object with name and fingerprint")),
     "experts an object": (rewrite("committee.json", experts={"north": 1}), ("experts {'north': 1}", "accepted: a list of names")),
     "an expert twice": (listed("north", "south", "north"), ("['north', 'south', 'north']", "none twice")),
     "a name outside": (listed("north", "../outside"), ("expert name '../outside'", NAME)),

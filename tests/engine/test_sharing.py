@@ -252,7 +252,7 @@ def test_requests_in_one_batch_share_their_system_prompt(llama: Tiny) -> None:
     engine = make_engine(llama, experts)
     system, header = token_ids(llama, 32, 1), token_ids(llama, 4, 2)
     questions = [([*system, *token_ids(llama, 9 + seed, seed)], header) for seed in range(3)]
-    engine.score((system + [3], header), [[5]])  # warms the pages
+    engine.score(([*system, 3], header), [[5]])  # warms the pages
     want = [make_engine(llama, experts).ask(question, sampling=SamplingParams(max_tokens=6)) for question in questions]
     for question in questions:
         engine.submit(Request(question, sampling=SamplingParams(max_tokens=6)))

@@ -190,3 +190,22 @@ def test_without_return_lse_the_result_comes_alone() -> None:
     out, _ = committee_attention(q, pages, pages, plan, return_lse=True, impl="reference")
     alone = committee_attention(q, pages, pages, plan, impl="reference")
     assert isinstance(alone, Tensor) and torch.equal(alone, out)
+
+
+def test_a_neighbours_nan_stays_its_own() -> None:
+    """Two rows share a page; one of them sees another page of NaN. The other's result is what it is alone."""
+    pages = torch.ones(3, 2, 1, 4)
+    values = pages.clone()
+    values[1] = math.nan
+    plan = Plan.from_segments([([0], 2, 0, 0, 2), ([1], 1, 2, 0, 1), ([2], 1, 2, 1, 2)], [2, 2])
+    out = committee_attention(torch.ones(2, 1, 4), pages, values, plan, impl="reference")
+    assert isinstance(out, torch.Tensor)
+    assert out[0].isnan().all()
+    torch.testing.assert_close(out[1], torch.ones(1, 4))
+
+
+def test_a_window_beyond_all_positions_hides_nothing() -> None:
+    pages = torch.ones(1, 2, 1, 4)
+    plan = Plan.from_segments([([0], 2, 0, 0, 1)], [1])
+    out = committee_attention(torch.ones(1, 1, 4), pages, pages, plan, window=2**40, impl="reference")
+    torch.testing.assert_close(out, torch.ones(1, 1, 4))
