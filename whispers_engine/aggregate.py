@@ -12,6 +12,7 @@ from .errors import WhispersError
 
 AGGREGATIONS = ("vote", "delegate", "mixture", "product")
 POOLED = ("mixture", "product")  # all branches append the same token, chosen from the pooled distribution
+_MEANINGFUL = "%‰#&@*"  # Unicode's punctuation, but "50%" is not "50", nor "C#" "C"
 _SAME = 1e-9  # weights this close are equal: 0.1 + 0.2 ties with 0.3
 
 
@@ -25,7 +26,7 @@ def normalise(text: str) -> str:
     """What two answers must share to count as the same: NFKC, case folded, stripped, without final punctuation."""
     folded = unicodedata.normalize("NFKC", text).casefold()
     text = unicodedata.normalize("NFKC", folded).strip()  # folding can take a letter and its accents apart
-    while text and unicodedata.category(text[-1]).startswith("P"):
+    while text and unicodedata.category(text[-1]).startswith("P") and text[-1] not in _MEANINGFUL:
         text = text[:-1].rstrip()
     return text
 

@@ -97,6 +97,13 @@ class PagePool:
             self._by_hash[page_hash] = page
             self._hash_of[page] = page_hash
 
+    def forget(self) -> None:
+        """Drops all kept pages: what is not held is found no more."""
+        for page_hash, page in self._kept.items():
+            del self._by_hash[page_hash], self._hash_of[page]
+            self._free.append(page)
+        self._kept.clear()
+
     def lease(self, pages: int, shared: Iterable[int] = ()) -> Lease | None:
         """Reserves `pages` new pages and takes hold of `shared` known ones; None, and nothing held, where they do not fit now."""
         shared = list(shared)

@@ -201,7 +201,7 @@ def test_the_same_answer_in_other_clothes(answers: list[str]) -> None:
 
 def test_different_answers_stay_different() -> None:
     firsts = [answers[0] for answers in SAME]
-    more = ["cafe", "ri ce", "ri.ce", ".rice", "rice+", "C", "C++", "$5", "5$", "5€", "1.5", "15"]
+    more = ["cafe", "ri ce", "ri.ce", ".rice", "rice+", "C", "C++", "C#", "15%", "$5", "5$", "5€", "1.5", "15"]
     assert len({normalise(answer) for answer in firsts + more}) == len(firsts) + len(more)
 
 

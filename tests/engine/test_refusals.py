@@ -81,8 +81,10 @@ QUESTIONS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "without role": ([{"content": "rice"}], ("message {'content': 'rice'}", "accepted:", "role and content")),
     "content a list": ([{"role": "user", "content": ["rice"]}], ("message", "['rice']", "accepted:", "strings")),
     "messages and ids": ([USER, 5], ("token id {", "accepted:")),
-    "too long": ([5] * LIMIT,
-        (f"{LIMIT + 4} tokens with soft prompt and header", "1 more for an answer", f"accepted: {LIMIT} in all", "max_position_embeddings")),
+    "too long": (
+        [5] * LIMIT,
+        (f"{LIMIT + 4} tokens with soft prompt", "1 more for an answer", f"accepted: {LIMIT} in all", "max_position_embeddings"),
+    ),
     "far too long": ("rice " * LIMIT, ("more for an answer", f"accepted: {LIMIT} in all")),
 }  # fmt: skip
 
