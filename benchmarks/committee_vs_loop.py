@@ -65,10 +65,15 @@ def main() -> None:
             got, want = ours(engine, asked, context, header), loop(hf, engine, asked, context, header)
             error = max(abs(a - b) for row, peer in zip(got, want, strict=True) for a, b in zip(row, peer, strict=True))
             if error > 2e-4:
-                sys.exit(f"the two differ by {error:.1e} for {count} experts over {len(context)} tokens: nothing is timed")
+                sys.exit(
+                    f"the two differ by {error:.1e} for {count} experts over {len(context)} tokens: nothing is timed"
+                )
             times: dict[str, list[float]] = {"ours": [], "theirs": []}
             for _ in range(ROUNDS):
-                for key, run in (("ours", lambda: ours(engine, asked, context, header)), ("theirs", lambda: loop(hf, engine, asked, context, header))):
+                for key, run in (
+                    ("ours", lambda: ours(engine, asked, context, header)),
+                    ("theirs", lambda: loop(hf, engine, asked, context, header)),
+                ):
                     start = time.perf_counter()
                     run()
                     times[key].append((time.perf_counter() - start) * 1e3)
@@ -82,11 +87,17 @@ def main() -> None:
                     "peers": {"transformers-fp32": {"ms": round(peer, 1), "ratio": round(peer / mine, 2)}},
                 }
             )
-            print(f"{count:3} experts, {len(context):4} tokens: {mine:8.1f} ms, transformers {peer:8.1f} ms, ratio {peer / mine:.2f}")
+            print(
+                f"{count:3} experts, {len(context):4} tokens: {mine:8.1f} ms, transformers {peer:8.1f} ms, ratio {peer / mine:.2f}"
+            )
     if arguments.json:
         report = {
             "device": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
-            "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version()},
+            "versions": {
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "python": platform.python_version(),
+            },
             "command": "python benchmarks/committee_vs_loop.py",
             "results": results,
         }

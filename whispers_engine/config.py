@@ -93,6 +93,12 @@ class ModelConfig:
         dtype = str(hf.dtype or "float32").removeprefix("torch.")
         refuse_unless(dtype in DTYPES, "dtype", dtype, ", ".join(DTYPES))
 
+        kv_heads = hf.num_key_value_heads
+        divides = kv_heads >= 1 and hf.num_attention_heads % kv_heads == 0
+        refuse_unless(
+            divides, "num_key_value_heads", kv_heads, f"a divisor of num_attention_heads {hf.num_attention_heads}"
+        )
+
         attention_bias = bool(getattr(hf, "attention_bias", False))
         generation = folder / "generation_config.json"
         eos = read_json(generation).get("eos_token_id") if generation.is_file() else None
@@ -104,7 +110,7 @@ class ModelConfig:
             intermediate_size=hf.intermediate_size,
             num_layers=hf.num_hidden_layers,
             q_heads=hf.num_attention_heads,
-            kv_heads=hf.num_key_value_heads,
+            kv_heads=kv_heads,
             head_dim=getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads,
             max_position=hf.max_position_embeddings,
             norm_eps=hf.rms_norm_eps,

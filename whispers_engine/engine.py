@@ -97,8 +97,8 @@ class Engine:
                 raise WhispersError(f"{name}: {size!r}; accepted: an integer, at least {least}")
 
         loaded = None if committee is None else Committee.load(committee)
-        self.model_name = str(model)
         folder = _resolve(model)
+        self.model_name = str(Path(model).resolve() if Path(model).is_dir() else model)
         config = ModelConfig.load(folder)
         checkpoint = Checkpoint(folder)
         self.fingerprint = checkpoint.fingerprint(config)

@@ -46,7 +46,7 @@ class Intake:
         check_aggregation(request.aggregate)
         if not isinstance(request.sampling, SamplingParams):
             raise WhispersError(f"sampling: a {type(request.sampling).__name__}; accepted: SamplingParams")
-        if not isinstance(request.top_k, int) or request.top_k < 1:
+        if isinstance(request.top_k, bool) or not isinstance(request.top_k, int) or request.top_k < 1:
             raise WhispersError(f"top_k: {request.top_k!r}; accepted: an integer, at least 1")
         if request.profile:
             raise WhispersError(

@@ -208,7 +208,9 @@ def test_different_answers_stay_different() -> None:
 EVERY = [chr(code) for code in range(0x10000)]  # of the basic plane
 # A few, such as U+203E, are a space and a combining mark under NFKC: no punctuation any more.
 PUNCTUATION = [
-    c for c in EVERY if all(unicodedata.category(part)[0] == "P" for part in unicodedata.normalize("NFKC", c))
+    c
+    for c in EVERY
+    if all(unicodedata.category(part)[0] == "P" and part not in "%‰#&@*" for part in unicodedata.normalize("NFKC", c))
 ]
 SPACES = [c for c in EVERY if c.isspace()]
 
@@ -220,7 +222,7 @@ SPACES = [c for c in EVERY if c.isspace()]
     st.text([*PUNCTUATION, *SPACES], max_size=5),
 )
 def test_space_and_final_punctuation_do_not_count(lead: str, answer: str, tail: str) -> None:
-    """Whatever Unicode calls punctuation and white space, in any order."""
+    """Whatever Unicode calls punctuation and white space, in any order, but for signs that change a meaning: 50%, C#."""
     assert normalise(lead + answer + tail) == normalise(answer) != ""
 
 

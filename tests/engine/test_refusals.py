@@ -333,6 +333,17 @@ def eight_bits(values: dict[str, Any]) -> None:
     values["model.norm.weight"] = values["model.norm.weight"].to(torch.float8_e4m3fn)
 
 
+def three_kv_heads(folder: Path) -> None:
+    """Four query heads on three: every tensor has the shape that the config asks for."""
+
+    def widen(values: dict[str, Any]) -> None:
+        for name in [name for name in values if ".k_proj." in name or ".v_proj." in name]:
+            values[name] = torch.cat([values[name], values[name]])[: 3 * 16].contiguous()
+
+    config(num_key_value_heads=3)(folder)
+    tensors(widen)(folder)
+
+
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 64}
 FAMILIES = "accepted: llama, mistral, qwen2, qwen3"
 WEIGHTS = "accepted: model.safetensors, or its index and shards"
@@ -364,6 +375,7 @@ BASES: dict[str, tuple[str, Callable[[Path], Any], tuple[str, ...]]] = {
         config(quantization_config={"quant_method": "gptq", "bits": 4}),
         ("quantization_config", "gptq", "accepted: float32, bfloat16 or float16 weights"),
     ),
+    "heads that do not divide": ("llama", three_kv_heads, ("num_key_value_heads", "3", "accepted:")),
     "stored as float64": ("llama", config(dtype="float64"), ("dtype 'float64'", "accepted: float32, bfloat16, float16")),
     "eight-bit tensor": ("llama", tensors(eight_bits), ("model.norm.weight", "float8", "accepted: float32, bfloat16, float16")),
     "integer tensor": (

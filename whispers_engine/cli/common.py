@@ -39,8 +39,10 @@ def print_json(value: Any) -> None:
 
 def pull_with_progress(name: str) -> Path:
     """Pulls a built-in base, with a bar on stderr."""
-    from whispers_engine.pull import pull
+    from whispers_engine.pull import BUILT_IN, find, pull
 
+    if name not in BUILT_IN or find(name) is not None:
+        return pull(name)  # refused, or there: no bar to draw
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
