@@ -14,6 +14,7 @@ import platform
 import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,13 @@ from whispers_engine.pull import pull
 ROOT = Path(__file__).parents[1]
 OPTIONS = ["Rice", "Bread", "Maize"]
 ROUNDS = 5
+
+
+def processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
 
 
 def loop(hf: Any, engine: Engine, experts: list[str], context: list[int], header: list[int]) -> list[list[float]]:
@@ -69,11 +77,12 @@ def main() -> None:
                     f"the two differ by {error:.1e} for {count} experts over {len(context)} tokens: nothing is timed"
                 )
             times: dict[str, list[float]] = {"ours": [], "theirs": []}
+            runs = {
+                "ours": partial(ours, engine, asked, context, header),
+                "theirs": partial(loop, hf, engine, asked, context, header),
+            }
             for _ in range(ROUNDS):
-                for key, run in (
-                    ("ours", lambda: ours(engine, asked, context, header)),
-                    ("theirs", lambda: loop(hf, engine, asked, context, header)),
-                ):
+                for key, run in runs.items():
                     start = time.perf_counter()
                     run()
                     times[key].append((time.perf_counter() - start) * 1e3)
@@ -92,7 +101,7 @@ def main() -> None:
             )
     if arguments.json:
         report = {
-            "device": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
+            "device": f"{processor()}, {torch.get_num_threads()} threads",
             "versions": {
                 "torch": torch.__version__,
                 "transformers": transformers.__version__,
