@@ -26,8 +26,6 @@ from .sampling import SamplingParams
 from .scheduler import Scheduler, Task
 from .weights import Checkpoint, load_weights
 
-BASE = "base"  # the name of the branch that has no soft prompt
-
 
 class Engine:
     """A frozen base and a committee of soft-prompt experts that answer together.
