@@ -148,10 +148,15 @@ def test_fingerprint_tells_bases_apart(tiny: Tiny, tmp_path: Path) -> None:
     """Another seed, and the same weights under another shape or rope."""
     family = tiny.hf.config.model_type
     found = [fingerprint(tiny.folder), fingerprint(make_tiny(family, tmp_path / "seed", seed=1).folder)]
+    kv_heads = min(2, tiny.hf.config.num_key_value_heads)
     rope = {"rope_type": "linear", "rope_theta": 777.0, "factor": 3.0}
     found.append(fingerprint(copied(tiny.folder, tmp_path / "rope", rope_parameters=rope)))
     found.append(fingerprint(copied(tiny.folder, tmp_path / "theta", rope_parameters={**rope, "rope_theta": 778.0})))
-    found.append(fingerprint(copied(tiny.folder, tmp_path / "heads", num_attention_heads=2, head_dim=32)))
+    found.append(
+        fingerprint(
+            copied(tiny.folder, tmp_path / "heads", num_attention_heads=2, num_key_value_heads=kv_heads, head_dim=32)
+        )
+    )
     assert len(set(found)) == len(found)
     assert fingerprint(make_tiny(family, tmp_path / "again").folder) == found[0]
 
