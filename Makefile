@@ -9,7 +9,7 @@ ASK := $(BIN)/whispers ask --committee examples/cultures --experts japan,italy,m
 
 demo: $(VENV)/.demo
 	@$(ASK) "Which sport do most people follow here?" --option Baseball --option Football --option Cricket
-	@$(ASK) "What do people usually eat for breakfast?" --max-tokens 32
+	@$(ASK) "What do people usually eat for breakfast?" --max-tokens 16
 
 test: $(VENV)/.dev
 	@$(BIN)/whispers pull $(BASE)
