@@ -1,5 +1,12 @@
-"""One thread a test process: the processes share the cores, and tiny models gain nothing from more."""
+"""One thread a test process: the processes share the cores, and tiny models gain nothing from more.
+
+Where there is no GPU, Triton kernels run under Triton's interpreter, which has to be chosen before Triton is first imported.
+"""
+
+import os
 
 import torch
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from whispers_kernels import Plan, Segment
+from whispers_kernels.schedule import next_boundary
 
 from .kv_cache import Lease, PagePool, Role
 from .model import Batch
@@ -30,6 +31,7 @@ class Span:
     soft: Tensor | None = None  # [m, hidden]
     lease: Lease | None = None  # where its pages come from
     computed: int = 0  # how many have their keys in the pages
+    room: int = 0  # positions that its lease has reserved pages for, where it grows
     pages: list[int] = field(default_factory=list)
 
     @property
@@ -56,20 +58,7 @@ def build_batch(
     Returns:
         The batch, and every worked span's first row.
     """
-    layout = _Layout(dict(work), pool.page_size, vocab_size)
-    children: dict[Span, list[Span]] = {}
-    roots: list[Span] = []
-    seen: set[Span] = set()
-    for span in layout.counts:
-        node: Span | None = span
-        while node is not None and node not in seen:
-            seen.add(node)
-            (roots if node.parent is None else children.setdefault(node.parent, [])).append(node)
-            node = node.parent
-    layout.children = children
-    # Contexts that share pages share their first ones: sorted, they are neighbours.
-    layout.place_roots(sorted(roots, key=lambda root: root.pages), 0)
-
+    layout = Layout(work, pool.page_size, vocab_size)
     ids = torch.tensor(layout.ids, dtype=torch.int64).to(device, non_blocking=True)
     slots = torch.tensor(layout.slots, dtype=torch.int64).to(device, non_blocking=True)
     soft = torch.cat(layout.soft) if layout.soft else None
@@ -77,12 +66,10 @@ def build_batch(
     return Batch(ids, soft, slots, plan), layout.first_row
 
 
-class _Layout:
-    """The columns of a batch while they grow."""
+class Layout:
+    """The columns of a batch, on the host."""
 
-    def __init__(self, counts: dict[Span, int], page_size: int, vocab_size: int):
-        self.counts = counts
-        self.children: dict[Span, list[Span]] = {}
+    def __init__(self, work: list[Work], page_size: int, vocab_size: int):
         self.page_size = page_size
         self.vocab_size = vocab_size
         self.ids: list[int] = []
@@ -92,35 +79,59 @@ class _Layout:
         self.soft_rows = 0
         self.segments: list[Segment] = []
         self.first_row: dict[Span, int] = {}
+        self.segment_of: dict[Span, int] = {}  # the segment of a worked span's own keys
+        self._counts = dict(work)
+        self._children: dict[Span, list[Span]] = {}
+        roots: list[Span] = []
+        seen: set[Span] = set()
+        for span in self._counts:
+            node: Span | None = span
+            while node is not None and node not in seen:
+                seen.add(node)
+                (roots if node.parent is None else self._children.setdefault(node.parent, [])).append(node)
+                node = node.parent
+        # Contexts that share pages share their first ones: sorted, they are neighbours.
+        self._place_roots(sorted(roots, key=lambda root: root.pages), 0)
 
-    def place_roots(self, roots: list[Span], shared: int) -> None:
-        """Places roots that have their first `shared` pages in common, and emits a segment for every further page run they share."""
+    def _place_roots(self, roots: list[Span], shared: int) -> None:
+        """Places roots that have their first `shared` pages in common, and emits a segment for every further page run they share.
+
+        Runs end at range boundaries: kernels cut there anyway, and so a row's bits do not depend on who shares its context.
+        """
         index = 0
         while index < len(roots):
-            first = roots[index]
+            first, run = roots[index].pages, self._next_cut(shared)
             end = index + 1
-            page = first.pages[shared : shared + 1]
-            while end < len(roots) and page and roots[end].pages[shared : shared + 1] == page:
+            while end < len(roots) and len(first) >= run and roots[end].pages[shared:run] == first[shared:run]:
                 end += 1
             if end == index + 1:
-                self.place(first, shared)
+                self._place(roots[index], shared)
             else:
-                last, run = roots[end - 1].pages, shared + 1  # sorted: what the ends share, all share
-                while first.pages[run : run + 1] == last[run : run + 1] != []:
-                    run += 1
+                last = roots[end - 1].pages  # sorted: what the ends share, all share
+                while len(first) >= (further := self._next_cut(run)) and first[run:further] == last[run:further]:
+                    run = further
                 row = len(self.ids)
-                self.place_roots(roots[index:end], run)
-                self._see(first.pages[shared:run], (run - shared) * self.page_size, shared * self.page_size, row)
+                self._place_roots(roots[index:end], run)
+                self._see(first[shared:run], (run - shared) * self.page_size, shared * self.page_size, row)
             index = end
 
-    def place(self, span: Span, shared: int = 0) -> None:
+    def _next_cut(self, pages: int) -> int:
+        """The first number of whole pages beyond this one that ends at a range boundary."""
+        position = next_boundary(pages * self.page_size)
+        while position % self.page_size:
+            position = next_boundary(position)
+        return position // self.page_size
+
+    def _place(self, span: Span, shared: int = 0) -> None:
         """Places a span's rows, then its children's, and emits the segment of its keys from page `shared` on."""
-        row, count = len(self.ids), self.counts.get(span, 0)
+        row, count = len(self.ids), self._counts.get(span, 0)
         if count:
             self.first_row[span] = row
             self._add_rows(span, count)
-        for child in self.children.get(span, ()):
-            self.place(child)
+        for child in self._children.get(span, ()):
+            self._place(child)
+        if count:
+            self.segment_of[span] = len(self.segments)
         keys, skipped = span.computed + count, shared * self.page_size
         self._see(span.pages[shared : -(-keys // self.page_size)], keys - skipped, span.begin + skipped, row)
         if span.front is not None:

@@ -14,6 +14,7 @@ from whispers_kernels.ops import check_impl
 
 from .chat import ChatEncoder, Question, load_tokenizer
 from .config import DTYPES, ModelConfig
+from .decode import Decoder
 from .errors import WhispersError
 from .experts import Committee, Expert
 from .intake import Intake
@@ -39,13 +40,15 @@ class Engine:
         dtype: "auto" (float32 on a CPU, else as stored), "float32", "bfloat16", "float16".
         quantization: None.
         kv_cache_dtype: "auto", the model's.
-        kv_cache_tokens: size of the page pool in positions; None: four of the base's longest contexts, within a quarter of the memory.
+        kv_cache_tokens: size of the page pool in positions; None: on a GPU 85 % of the memory that the weights leave free, on a CPU four
+            of the base's longest contexts, within a quarter of the memory.
         page_size: positions a page; None: chosen for the device.
         max_num_seqs: branches that run at once.
         max_num_batched_tokens: rows a step; None: chosen for the device.
         tensor_parallel_size: 1.
         chat_template_kwargs: for the base's chat template; a thinking switch is off unless they set it.
         impl: the kernels' implementation; a named one never falls back.
+        enforce_eager: run decode steps kernel by kernel on a GPU too, instead of as captured CUDA graphs.
 
     Raises:
         WhispersError: anything of these that cannot be had, and why.
@@ -67,6 +70,7 @@ class Engine:
         tensor_parallel_size: int = 1,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         impl: str = "auto",
+        enforce_eager: bool = False,
     ):
         for name, value, accepted in (
             ("quantization", quantization, None),
@@ -77,11 +81,11 @@ class Engine:
                 raise WhispersError(f"{name}: {value!r} is not available in this version; accepted: {accepted!r}")
         if dtype != "auto" and dtype not in DTYPES:
             raise WhispersError(f"dtype: {dtype!r}; accepted: auto, {', '.join(DTYPES)}")
+        where = device_of(device)
         try:
-            check_impl(impl)
+            impl = check_impl(impl, where)
         except ValueError as error:
             raise WhispersError(str(error)) from error
-        where = _device(device)
         page_size = (64 if where.type == "cuda" else 16) if page_size is None else page_size
         if max_num_batched_tokens is None:
             max_num_batched_tokens = max(max_num_seqs, 8192 if where.type == "cuda" else 512)
@@ -111,7 +115,9 @@ class Engine:
         self.model = Model(config, load_weights(checkpoint, config, torch_dtype, where), impl)
         pages = _pool_pages(config, torch_dtype, where, kv_cache_tokens, page_size)
         self.pool = PagePool(pages, page_size, config.num_layers, config.kv_heads, config.head_dim, torch_dtype, where)
-        self._scheduler = Scheduler(self.model, self.pool, max_num_seqs, max_num_batched_tokens)
+        graphs = where.type == "cuda" and not enforce_eager and impl == "triton"  # the reference waits for the device
+        decoder = Decoder(self.model, self.pool, capture=True) if graphs else None
+        self._scheduler = Scheduler(self.model, self.pool, max_num_seqs, max_num_batched_tokens, decoder)
         self._panel = Panel(self._scheduler, self.fingerprint)
         self._intake = Intake(self._scheduler, self._panel, self.chat, self.fingerprint)
         self._inbox: list[Event] = []  # events of submitted requests, until `step` hands them out
@@ -282,16 +288,18 @@ class _Stream(Iterator[Event]):
         self.close()
 
 
-def _device(name: str) -> torch.device:
+def device_of(name: str) -> torch.device:
+    """The device of that name; "auto": cuda where there is one. Raises WhispersError for one that is not here."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:
         raise WhispersError(f"device: {name!r}; accepted: auto, cpu, cuda, cuda:N") from error
-    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not torch.cuda.is_available()):
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and (device.index or 0) >= gpus):
         raise WhispersError(
-            f"device: {name!r} is not available here; accepted: auto, cpu{', cuda' * torch.cuda.is_available()}"
+            f"device: {name!r} is not available here; accepted: auto, cpu{''.join(f', cuda:{index}' for index in range(gpus))}"
         )
     return device
 
@@ -321,9 +329,9 @@ def _pool_pages(
 ) -> int:
     if tokens is None:
         per_token = 2 * config.num_layers * config.kv_heads * config.head_dim * dtype.itemsize
-        if device.type == "cuda":
-            memory = torch.cuda.mem_get_info(device)[0]
+        if device.type == "cuda":  # the weights are loaded: most of the rest, with room for a step's own tensors
+            tokens = int(torch.cuda.mem_get_info(device)[0] * 0.85) // per_token
         else:
             memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        tokens = max(page_size, min(4 * config.max_position, memory // 4 // per_token))
-    return tokens // page_size
+            tokens = min(4 * config.max_position, memory // 4 // per_token)
+    return max(tokens, page_size) // page_size

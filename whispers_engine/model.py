@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +43,10 @@ class Model:
         self.dtype = weights.embeddings.dtype
         self.device = weights.embeddings.device
         self._inverse = config.inverse_frequencies().to(self.device)
+
+    def on_device(self, values: Sequence[Any], dtype: torch.dtype) -> Tensor:
+        """Host values as a tensor on the model's device, without waiting for it."""
+        return torch.tensor(values, dtype=dtype).to(self.device, non_blocking=True)
 
     def rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosine and sine of every position's rotary angles, float32 `[R, D/2]`; positions may be negative."""

@@ -123,17 +123,20 @@ def sample(
     if not rows:
         return tokens
 
-    def column(values: Sequence[float], dtype: torch.dtype) -> Tensor:
-        return torch.tensor([values[row] for row in rows], dtype=dtype, device=logp.device)
+    def on_device(values: Sequence[float], dtype: torch.dtype) -> Tensor:
+        return torch.tensor(values, dtype=dtype).to(logp.device, non_blocking=True)
 
     vocab = logp.shape[1]
-    scores = logp[rows].double()
+    asked = [params[row] for row in rows]
+    where = on_device(rows, torch.int64)
+    scores = logp[where].double()
     # The likeliest token's score is 0: no temperature, however small, takes it out of the range of floats.
     scores -= scores.amax(-1, keepdim=True).nan_to_num(neginf=0.0)
-    scores /= column([param.temperature for param in params], torch.float64)[:, None]
-    top_k = column([min(param.top_k or vocab, vocab) for param in params], torch.int64)
-    top_p = column([param.top_p for param in params], torch.float64)
-    if bool((top_k < vocab).any()) or bool((top_p < 1).any()):
+    scores /= on_device([param.temperature for param in asked], torch.float64)[:, None]
+    kept = [min(param.top_k or vocab, vocab) for param in asked]
+    if min(kept) < vocab or any(param.top_p < 1 for param in asked):
+        top_k = on_device(kept, torch.int64)
+        top_p = on_device([param.top_p for param in asked], torch.float64)
         ordered, order = scores.sort(dim=-1, descending=True, stable=True)
         out = torch.arange(vocab, device=logp.device) >= top_k[:, None]
         before = ordered.masked_fill(out, -math.inf).softmax(-1)  # probabilities among the top k
@@ -141,7 +144,7 @@ def sample(
         out |= (before >= top_p[:, None]) & (top_p < 1)[:, None]
         scores = torch.full_like(scores, -math.inf).scatter(-1, order, ordered.masked_fill(out, -math.inf))
     # Seeds are unsigned; int64 keeps their 64 bits.
-    seed = torch.tensor([seeds[row] - (seeds[row] >> 63 << 64) for row in rows], dtype=torch.int64, device=logp.device)
-    noise = gumbel_noise(vocab, seed, column(branches, torch.int64), column(positions, torch.int64))
-    tokens[rows] = (scores + noise).argmax(dim=-1)
-    return tokens
+    seed = on_device([seeds[row] - (seeds[row] >> 63 << 64) for row in rows], torch.int64)
+    branch = on_device([branches[row] for row in rows], torch.int64)
+    noise = gumbel_noise(vocab, seed, branch, on_device([positions[row] for row in rows], torch.int64))
+    return tokens.index_copy(0, where, (scores + noise).argmax(dim=-1))

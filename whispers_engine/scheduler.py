@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from whispers_kernels import pool_logits
 from .aggregate import POOLED
 from .batch import Span, Work, build_batch
 from .chat import TextStream
+from .decode import Decoder
 from .kv_cache import Lease, PagePool
 from .model import Model
 from .request import Event, ExpertAnswer, Failed, Finished, Routed, Token
@@ -93,12 +95,15 @@ class Task:
             *(span for branch in self.branches for span in branch.options),
         ]
 
+    def room(self, branch: Branch) -> int:
+        """Positions that a branch can take at most. The last generated token is never stored."""
+        return len(branch.span.ids) + (branch.max_new - 1 if self.options is None else 0)
+
     def pages_needed(self, pool: PagePool) -> int:
-        """Pages that the task can take at most, nothing being found in the pool. The last generated token is never stored."""
-        grows = self.options is None
+        """Pages that the task can take at most, nothing being found in the pool."""
         return (
             sum(pool.pages_for(len(context.span.ids)) for context in self.contexts)
-            + sum(pool.pages_for(len(branch.span.ids) + grows * (branch.max_new - 1)) for branch in self.branches)
+            + sum(pool.pages_for(self.room(branch)) for branch in self.branches)
             + sum(pool.pages_for(len(span.ids)) for branch in self.branches for span in branch.options)
         )
 
@@ -110,13 +115,22 @@ class Scheduler:
         model, pool: what computes and where.
         max_num_seqs: branches that run at once.
         max_num_batched_tokens: rows a step.
+        decoder: runs the steps that are decode alone; None: they are computed as any other.
     """
 
-    def __init__(self, model: Model, pool: PagePool, max_num_seqs: int, max_num_batched_tokens: int):
+    def __init__(
+        self,
+        model: Model,
+        pool: PagePool,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        decoder: Decoder | None = None,
+    ):
         self.model = model
         self.pool = pool
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
+        self.decoder = decoder
         self._waiting: deque[Task] = deque()
         self._running: list[Task] = []
 
@@ -142,8 +156,12 @@ class Scheduler:
         for span, count in work:
             while span.lease is not None and len(span.pages) < self.pool.pages_for(span.computed + count):
                 span.pages.append(span.lease.take(span.role))
-        batch, first_row = build_batch(work, self.pool, self.model.config.vocab_size, self.model.device)
-        hidden = self.model.forward(batch, self.pool)
+        found = None if self.decoder is None else self.decoder.run(work)
+        if found is None:
+            batch, first_row = build_batch(work, self.pool, self.model.config.vocab_size, self.model.device)
+            hidden = self.model.forward(batch, self.pool)
+        else:
+            hidden, first_row = found
         for span, count in work:
             span.computed += count
         return hidden, first_row
@@ -189,6 +207,8 @@ class Scheduler:
                 return
             for span in task.spans():
                 span.lease = task.lease
+            for branch in task.branches:
+                branch.span.room = task.room(branch)
             for context, pages in zip(task.contexts, hits, strict=True):
                 context.span.pages = pages
                 context.span.computed = context.cached = len(pages) * self.pool.page_size
@@ -249,9 +269,10 @@ class Scheduler:
         rows = sorted({row for row, *_ in uses})
         for begin in range(0, len(rows), _LOGIT_ROWS):
             block = {row: index for index, row in enumerate(rows[begin : begin + _LOGIT_ROWS])}
-            logits = self.model.logits(hidden[list(block)]).float()  # [rows of the block, V]
+            chosen = self.model.on_device(list(block), torch.int64)
+            logits = self.model.logits(hidden[chosen]).float()  # [rows of the block, V]
             mine = [use for use in uses if use[0] in block]
-            index = torch.tensor([(block[row], target) for row, target, *_ in mine], device=logits.device)
+            index = self.model.on_device([(block[row], target) for row, target, *_ in mine], torch.int64)
             logp = logits[index[:, 0], index[:, 1]] - logits.logsumexp(-1)[index[:, 0]]
             for (_, _, branch, option), value in zip(mine, logp.tolist(), strict=True):
                 branch.option_logprobs[option] += value
@@ -285,18 +306,18 @@ class Scheduler:
 
         A branch on its own is a pool of one: its mixture is its own distribution.
         """
-        device = self.model.device
+        on_device = self.model.on_device
         members = [branch for _, group in groups for branch in group]
         logits = self.model.logits(torch.stack([branch.hidden for branch in members if branch.hidden is not None]))
         weights = [branch.weight if task.pooled else 1.0 for task, group in groups for branch in group]
-        ends = torch.tensor([0, *(len(group) for _, group in groups)]).cumsum(0).to(torch.int32)
+        ends = [0, *accumulate(len(group) for _, group in groups)]
         split = sum(task.aggregate != "product" for task, _ in groups)  # groups before here are mixtures
         parts = []
         for rule, first, last in (("mixture", 0, split), ("product", split, len(groups))):
             if first < last:
-                begin, end = int(ends[first]), int(ends[last])
-                group_ptr = (ends[first : last + 1] - begin).to(device)
-                share = torch.tensor(weights[begin:end], dtype=torch.float32, device=device)
+                begin, end = ends[first], ends[last]
+                group_ptr = on_device([at - begin for at in ends[first : last + 1]], torch.int32)
+                share = on_device(weights[begin:end], torch.float32)
                 parts.append(pool_logits(logits[begin:end], share, group_ptr, rule, impl=self.model.impl))
         logp = torch.cat(parts)  # [groups, V]
         tokens = sample(
@@ -306,9 +327,13 @@ class Scheduler:
             [0 if task.pooled else group[0].noise for task, group in groups],
             [len(group[0].tokens) for _, group in groups],
         )
-        of_row = tokens.repeat_interleave(torch.tensor([len(group) for _, group in groups], device=device))[:, None]
-        own = logits.gather(1, of_row)[:, 0].float() - logits.float().logsumexp(-1)
-        return tokens.tolist(), logp.gather(1, tokens[:, None])[:, 0].tolist(), own.tolist()
+        of_row = tokens[on_device([at for at, (_, group) in enumerate(groups) for _ in group], torch.int64)]
+        own = logits.gather(1, of_row[:, None])[:, 0].float() - logits.float().logsumexp(-1)
+        pooled = logp.gather(1, tokens[:, None])[:, 0]
+        # The one time that a step waits for the device. Token ids and float32 are exact in float64.
+        found = torch.cat((tokens.double(), pooled.double(), own.double())).tolist()
+        count = len(groups)
+        return [int(token) for token in found[:count]], found[count : 2 * count], found[2 * count :]
 
     def _append(self, task: Task, members: list[Branch], token: int, logprob: float, own: list[float]) -> None:
         """Gives a group its next token, and ends it where that was the last one."""

@@ -6,6 +6,9 @@ A named implementation never falls back to another: it works or it raises.
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -19,33 +22,52 @@ POOL_RULES = ("mixture", "product")
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _FP8 = torch.float8_e4m3fn
 
-# implementation -> operation -> function. A backend adds its entry when it is imported.
-_IMPLS: dict[str, dict[str, Callable[..., Any]]] = {
-    "reference": {
-        "committee_attention": reference.committee_attention,
-        "embed_rows": reference.embed_rows,
-        "rms_norm": reference.rms_norm,
-        "add_rms_norm": reference.add_rms_norm,
-        "rope_and_store": reference.rope_and_store,
-        "silu_mul": reference.silu_mul,
-        "pool_logits": reference.pool_logits,
-    }
-}
-_PREFERENCE = ("triton", "cpp", "reference")  # what "auto" tries, in this order
+# implementation -> operation -> function. A backend is imported, and its entry made, when it is first asked for.
+_IMPLS: dict[str, dict[str, Callable[..., Any]]] = {"reference": dict(reference.IMPLS)}
+# What "auto" tries for tensors on a device, in this order. Interpreted Triton is for checking, never for speed.
+_PREFERENCE = {"cuda": ("triton", "reference"), "cpu": ("cpp", "reference")}
+
+
+def _triton_is_here() -> bool:
+    """Triton runs on a GPU, or anywhere when the environment asks for its interpreter before Python starts."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    return torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _load(impl: str) -> bool:
+    """Whether this machine has an implementation; imports it where it has."""
+    if impl == "triton" and impl not in _IMPLS and _triton_is_here():
+        _IMPLS[impl] = importlib.import_module("whispers_kernels.triton").IMPLS
+    return impl in _IMPLS
 
 
 def available_impls() -> tuple[str, ...]:
     """Names that `impl=` accepts on this machine, beside "auto"."""
-    return tuple(name for name in _PREFERENCE if name in _IMPLS)
+    return tuple(name for name in ("triton", "cpp", "reference") if _load(name))
 
 
-def check_impl(impl: str) -> str:
-    """Returns the implementation that `impl` stands for. Raises ValueError for one that this machine does not have."""
+def check_impl(impl: str, device: torch.device | str = "cpu") -> str:
+    """Returns the implementation that `impl` stands for, "auto" on this device. Raises ValueError for one that is not here."""
     if impl == "auto":
-        return available_impls()[0]
-    if impl not in _IMPLS:
-        raise ValueError(f"impl={impl!r} is not available here; accepted: auto, {', '.join(available_impls())}")
+        order = _PREFERENCE.get(torch.device(device).type, ("reference",))
+        return next(name for name in order if _load(name))
+    if not _load(impl):
+        hint = "; triton without a GPU needs TRITON_INTERPRET=1 in the environment" if impl == "triton" else ""
+        raise ValueError(f"impl={impl!r} is not available here; accepted: auto, {', '.join(available_impls())}{hint}")
     return impl
+
+
+def tile_rows(
+    impl: str, q: torch.dtype, pages: torch.dtype, group: int, dim: int, widest: int, device: torch.device
+) -> int | None:
+    """Rows of the tiles that an implementation's attention wants a plan cut into; None: it takes the plan as it is.
+
+    Args:
+        q, pages: dtypes; group: query heads a KV head; dim: of a head; widest: the most rows that see one segment.
+    """
+    choose = _IMPLS[impl].get("tile_rows")
+    return None if choose is None else choose(q, pages, group, dim, widest, device)
 
 
 def _require(condition: bool, message: str) -> None:
@@ -146,6 +168,9 @@ def committee_attention(
     _require(plan.position.device == q.device, f"plan: on {plan.position.device}; accepted: q's device, {q.device}")
     _require(window is None or window >= 1, f"window: {window}; accepted: None or at least 1")
     _require(softcap is None or softcap > 0, f"softcap: {softcap}; accepted: None or above 0")
+    impl = check_impl(impl, q.device)
+    rows = tile_rows(impl, q.dtype, k_pages.dtype, q.shape[1] // kv_heads, q.shape[2], plan.widest, q.device)
+    work = None if rows is None else plan.work(rows)
     out, lse = torch.ops.whispers.committee_attention(
         q,
         k_pages,
@@ -162,7 +187,9 @@ def committee_attention(
         softcap,
         k_scale,
         v_scale,
-        check_impl(impl),
+        [] if work is None else work.tensors,
+        [] if work is None else [work.tile_rows, work.slots, int(work.in_place)],
+        impl,
     )
     return (out, lse) if return_lse else out
 
@@ -189,7 +216,7 @@ def embed_rows(ids: Tensor, table: Tensor, soft: Tensor | None = None, *, impl: 
             soft.dim() == 2 and soft.shape[1] == table.shape[1],
             f"soft: {_shape(soft)}; accepted: [virtual tokens, {table.shape[1]}], as wide as the table",
         )
-    return torch.ops.whispers.embed_rows(ids, table, soft, check_impl(impl))
+    return torch.ops.whispers.embed_rows(ids, table, soft, check_impl(impl, table.device))
 
 
 def rms_norm(
@@ -212,11 +239,11 @@ def rms_norm(
     _check_float("x", x)
     _require(weight.shape == x.shape[-1:], f"weight: {_shape(weight)}; accepted: [{x.shape[-1]}], x's last dimension")
     if residual is None:
-        return torch.ops.whispers.rms_norm(x, weight, eps, check_impl(impl))
+        return torch.ops.whispers.rms_norm(x, weight, eps, check_impl(impl, x.device))
     _require(
         residual.shape == x.shape and residual.dtype == x.dtype, f"residual: {_shape(residual)}; accepted: {_shape(x)}"
     )
-    return torch.ops.whispers.add_rms_norm(x, weight, eps, residual, check_impl(impl))
+    return torch.ops.whispers.add_rms_norm(x, weight, eps, residual, check_impl(impl, x.device))
 
 
 def rope_and_store(
@@ -266,7 +293,7 @@ def rope_and_store(
     _require(slots.shape == (rows,) and slots.dtype == torch.int64, f"slots: {_shape(slots)}; accepted: int64 [{rows}]")
     _check_pages(k_pages, v_pages, k.shape[1], dim, k_scale, v_scale)
     return torch.ops.whispers.rope_and_store(
-        q, k, v, cos, sin, slots, k_pages, v_pages, k_scale, v_scale, check_impl(impl)
+        q, k, v, cos, sin, slots, k_pages, v_pages, k_scale, v_scale, check_impl(impl, q.device)
     )
 
 
@@ -284,7 +311,7 @@ def silu_mul(gate_up: Tensor, *, impl: str = "auto") -> Tensor:
     """
     _require(gate_up.dim() == 2 and gate_up.shape[1] % 2 == 0, f"gate_up: {_shape(gate_up)}; accepted: [rows, 2 * I]")
     _check_float("gate_up", gate_up)
-    return torch.ops.whispers.silu_mul(gate_up, check_impl(impl))
+    return torch.ops.whispers.silu_mul(gate_up, check_impl(impl, gate_up.device))
 
 
 def pool_logits(logits: Tensor, weights: Tensor, group_ptr: Tensor, rule: str, *, impl: str = "auto") -> Tensor:
@@ -313,7 +340,7 @@ def pool_logits(logits: Tensor, weights: Tensor, group_ptr: Tensor, rule: str, *
         f"group_ptr: {_shape(group_ptr)}; accepted: int32 [groups + 1]",
     )
     _require(rule in POOL_RULES, f"rule: {rule!r}; accepted: {', '.join(POOL_RULES)}")
-    return torch.ops.whispers.pool_logits(logits, weights, group_ptr, rule, check_impl(impl))
+    return torch.ops.whispers.pool_logits(logits, weights, group_ptr, rule, check_impl(impl, logits.device))
 
 
 # --- registration with torch -------------------------------------------------------------------------------------------------------
@@ -342,7 +369,7 @@ def _fake_attention(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 _register(
     f"committee_attention(Tensor q, Tensor k_pages, Tensor v_pages, {_PLAN}, float scale, SymInt? window, float? softcap, "
-    "Tensor? k_scale, Tensor? v_scale, str impl) -> (Tensor, Tensor)",
+    "Tensor? k_scale, Tensor? v_scale, Tensor[] work, int[] sizes, str impl) -> (Tensor, Tensor)",
     _fake_attention,
 )
 _register(

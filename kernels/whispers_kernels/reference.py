@@ -6,7 +6,9 @@ All compute in float32 (float64 for float64 input) and round once, to the result
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,6 +51,8 @@ def committee_attention(
     softcap: float | None,
     k_scale: Tensor | None,  # [N, page_size, Hkv]
     v_scale: Tensor | None,
+    work: list[Tensor] | None = None,  # for implementations that cut a plan into pieces; not read
+    sizes: list[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One softmax over the union of the keys that a row sees. Returns `[R, Hq, D]` and the log-sum-exp, float32 `[R, Hq]`."""
     rows, q_heads = q.shape[:2]
@@ -173,3 +177,14 @@ def pool_logits(logits: Tensor, weights: Tensor, group_ptr: Tensor, rule: str) -
             # A token that one expert rules out is ruled out. Where that leaves none, every entry stays -inf.
             out[group] = product - torch.logsumexp(product, dim=0).nan_to_num(neginf=0.0)
     return out
+
+
+IMPLS: dict[str, Callable[..., Any]] = {
+    "committee_attention": committee_attention,
+    "embed_rows": embed_rows,
+    "rms_norm": rms_norm,
+    "add_rms_norm": add_rms_norm,
+    "rope_and_store": rope_and_store,
+    "silu_mul": silu_mul,
+    "pool_logits": pool_logits,
+}

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from torch import Tensor
 
-every_dtype = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 
-
-def normal(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+def normal(
+    *shape: int, dtype: torch.dtype = torch.float64, seed: int = 0, device: torch.device | str = "cpu"
+) -> Tensor:
+    """The same values on every device."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(device, dtype)
 
 
 def assert_rounded_once(actual: Tensor, exact: Tensor, size: Tensor | None = None) -> None:
     """Half a unit in the last place, plus eight float32 (float64) roundings of numbers of this `size` (default: the result's)."""
+    actual, exact, size = actual.cpu(), exact.cpu(), None if size is None else size.cpu()
     info = torch.finfo(actual.dtype)
     inner = torch.finfo(torch.float64 if actual.dtype == torch.float64 else torch.float32).eps / 2
     bound = info.eps / 2 * exact.abs() + 8 * inner * (exact if size is None else size).abs()

@@ -56,11 +56,35 @@ QKV = (f32(3, 4, 4), f32(3, 2, 4), f32(3, 2, 4))
 TURN = (f32(3, 2), f32(3, 2), ints(5, -1, 0, dtype=INT64))
 OPERATORS: dict[str, list[Callable[[], tuple[Any, ...]]]] = {
     "committee_attention": [
-        lambda: (f32(2, 4, 4), f32(*POOL), f32(*POOL), *columns(PLAN), 0.5, None, None, None, None),
-        lambda: (f16(2, 2, 4), f16(*POOL), f16(*POOL), *columns(PLAN), 0.5, 3, 20.0, None, None),
-        lambda: (f32(2, 8, 4), fp8(*POOL), fp8(*POOL), *columns(PLAN), 1.0, None, None, f32(*SCALES), f32(*SCALES)),
-        lambda: (f32(4, 2, 4).transpose(0, 1), f32(*POOL), f32(*POOL), *columns(PLAN), 1.0, 1, None, None, None),
-        lambda: (f32(0, 2, 4), f32(*POOL), f32(*POOL), *columns(EMPTY), 1.0, None, None, None, None),
+        lambda: (f32(2, 4, 4), f32(*POOL), f32(*POOL), *columns(PLAN), 0.5, None, None, None, None, [], []),
+        lambda: (f16(2, 2, 4), f16(*POOL), f16(*POOL), *columns(PLAN), 0.5, 3, 20.0, None, None, [], []),
+        lambda: (
+            f32(2, 8, 4),
+            fp8(*POOL),
+            fp8(*POOL),
+            *columns(PLAN),
+            1.0,
+            None,
+            None,
+            f32(*SCALES),
+            f32(*SCALES),
+            [],
+            [],
+        ),
+        lambda: (
+            f32(4, 2, 4).transpose(0, 1),
+            f32(*POOL),
+            f32(*POOL),
+            *columns(PLAN),
+            1.0,
+            1,
+            None,
+            None,
+            None,
+            [],
+            [],
+        ),
+        lambda: (f32(0, 2, 4), f32(*POOL), f32(*POOL), *columns(EMPTY), 1.0, None, None, None, None, [], []),
     ],
     "embed_rows": [
         lambda: (ints(0, 4, 2, dtype=INT64), f32(5, 3), None),
@@ -146,6 +170,7 @@ every_call = pytest.mark.parametrize("name", CALLS)
 @pytest.mark.parametrize("impl", ["triton", "cpp", "nonsense", ""])
 def test_an_implementation_that_is_not_there_is_refused(name: str, impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "_IMPLS", {"reference": ops._IMPLS["reference"]})
+    monkeypatch.setattr(ops, "_triton_is_here", lambda: False)
     with pytest.raises(ValueError, match=rf"impl='{impl}' is not available here; accepted: auto, reference"):
         CALLS[name](impl)
 
@@ -156,6 +181,7 @@ def test_an_implementation_is_used_by_name_and_never_replaced(name: str, monkeyp
         raise RuntimeError("this kernel fails")
 
     monkeypatch.setattr(ops, "_IMPLS", {"reference": ops._IMPLS["reference"], "triton": {name: fails}})
+    monkeypatch.setattr(ops, "_PREFERENCE", {"cpu": ("triton", "reference")})
     assert available_impls() == ("triton", "reference")
     CALLS[name]("reference")
     for impl in ("triton", "auto"):  # the fastest there is

@@ -10,9 +10,10 @@ import typer
 
 from whispers_engine.errors import WhispersError
 
-from . import experts
+from . import bench, experts
 from .ask import ask
 from .common import JsonOption, out, print_json, pull_with_progress
+from .verify import verify
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -21,7 +22,9 @@ app = typer.Typer(
     help="Committees of soft-prompt experts over one frozen language model.",
 )
 app.command()(ask)
+app.command()(verify)
 app.add_typer(experts.app, name="experts")
+app.add_typer(bench.app, name="bench")
 
 
 @app.command()

@@ -1,0 +1,153 @@
+"""Decode steps: the same branches again, one row each. Their plan stays on the device and moves on by itself.
+
+While no branch comes, goes or runs out of pages, a step needs of the host one copy of token ids and, on a GPU, one launch: the whole
+forward is a captured CUDA graph. Graphs are kept by their numbers of rows and work items, rounded up; what is over is empty.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from whispers_kernels import Plan
+from whispers_kernels.ops import tile_rows
+from whispers_kernels.plan import FixedPlan
+from whispers_kernels.schedule import lay_out, next_boundary
+
+from .batch import Layout, Span, Work
+from .kv_cache import PagePool
+from .model import Batch, Model
+
+ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+_PARTS_A_ROW = 48  # ranges of keys that a row can see: about 50k keys
+_WARM_UPS = 2
+
+
+@dataclass
+class _Step:
+    """A forward over tensors that stay where they are."""
+
+    plan: FixedPlan
+    batch: Batch
+    alive: Tensor  # int64 [R] 1 for rows there are
+    graph: torch.cuda.CUDAGraph | None = None
+    hidden: Tensor | None = None  # [R, hidden] the graph's output
+
+
+class Decoder:
+    """Runs decode steps for a scheduler.
+
+    Args:
+        model, pool: what computes, and where.
+        capture: whether to capture CUDA graphs; without, the same step runs kernel by kernel.
+    """
+
+    def __init__(self, model: Model, pool: PagePool, capture: bool):
+        self._model = model
+        self._pool = pool
+        self._capture = capture
+        self._steps: dict[tuple[int, int], _Step] = {}
+        self._memory = torch.cuda.graph_pool_handle() if capture else None  # one for all graphs: they never run at once
+        self._current: _Step | None = None
+        self._spans: dict[Span, tuple[int, int]] = {}  # those of the current plan: row, positions computed
+
+    @torch.inference_mode()
+    def run(self, work: list[Work]) -> tuple[Tensor, dict[Span, int]] | None:
+        """Hidden states `[R, hidden]` and every span's row, as `Model.forward` gives them; None: this is no step for a decoder."""
+        spans = [span for span, _ in work]
+        if any(count != 1 or span.parent is None or span.ids[span.computed] < 0 for span, count in work):
+            return None
+        if self._current is None or not self._moves_on(spans):
+            self._current = self._load(work)
+            if self._current is None:
+                return None
+        step = self._current
+        ids = [0] * step.batch.ids.shape[0]
+        for span, (row, _) in self._spans.items():
+            ids[row] = span.ids[span.computed]
+        step.batch.ids.copy_(torch.tensor(ids), non_blocking=True)
+        if self._capture:
+            if step.graph is None:
+                self._record(step)
+            assert step.graph is not None and step.hidden is not None
+            step.graph.replay()
+            hidden = step.hidden.clone()  # the next replay writes there again
+        else:
+            hidden = self._forward(step)
+        self._spans = {span: (row, computed + 1) for span, (row, computed) in self._spans.items()}
+        return hidden, {span: row for span, (row, _) in self._spans.items()}
+
+    def _moves_on(self, spans: list[Span]) -> bool:
+        """Whether these are the current plan's spans, each one token further and with room for it."""
+        return len(spans) == len(self._spans) and all(
+            span in self._spans
+            and self._spans[span][1] == span.computed
+            and span.computed < len(span.pages) * self._pool.page_size
+            for span in spans
+        )
+
+    def _load(self, work: list[Work]) -> _Step | None:
+        """Lays the step out with pages ahead, up to the next range boundary, and puts it into tensors of a fitting capacity."""
+        page_size = self._pool.page_size
+        for span, _ in work:
+            ahead = min(next_boundary(span.begin + span.computed) - span.begin, span.room)
+            while span.lease is not None and len(span.pages) < self._pool.pages_for(ahead):
+                span.pages.append(span.lease.take(span.role))
+        layout = Layout(work, page_size, self._model.config.vocab_size)
+        grows = list(layout.segment_of.values())
+        for span, segment in layout.segment_of.items():
+            layout.segments[segment] = layout.segments[segment]._replace(pages=span.pages)
+        plan = Plan.from_segments(layout.segments, layout.positions)
+        rows = next((rows for rows in ROWS if rows >= len(layout.ids)), None)
+        if rows is None:
+            return None
+        config, device = self._model.config, self._model.device
+        dtypes = self._model.dtype, self._pool.k.dtype
+        tile = tile_rows(self._model.impl, *dtypes, config.q_heads // config.kv_heads, config.head_dim, rows, device)
+        schedule, items = None, 0
+        if tile is not None:
+            length = plan.columns.length.copy()
+            for span, segment in layout.segment_of.items():
+                length[segment] = len(span.pages) * page_size  # cut for all the keys to come
+            position = np.resize(plan.columns.position, rows)  # rows that are not there see nothing, wherever they are
+            schedule = lay_out(*plan.columns._replace(position=position, length=length), tile)
+            items = max(16, 1 << (len(schedule.items) - 1).bit_length())
+        step = self._steps.get((rows, items))
+        if step is None:
+            step = self._steps[rows, items] = self._new_step(rows, items, tile)
+        if not step.plan.load(plan, schedule, grows):
+            return None
+        missing = rows - len(layout.slots)
+        step.batch.slots.copy_(torch.tensor(layout.slots + [-1] * missing), non_blocking=True)
+        step.alive.copy_(torch.tensor([1] * len(layout.slots) + [0] * missing), non_blocking=True)
+        self._spans = {span: (row, span.computed) for span, row in layout.first_row.items()}
+        return step
+
+    def _new_step(self, rows: int, items: int, tile: int | None) -> _Step:
+        device = self._model.device
+        parts = rows * _PARTS_A_ROW
+        pages = 64 * rows + self._pool.pages_for(self._model.config.max_position)
+        plan = FixedPlan(rows, 6 * rows + 16, pages, items, items + parts, parts, parts, tile, device)
+        ids, slots, alive = (torch.zeros(rows, dtype=torch.int64, device=device) for _ in range(3))
+        return _Step(plan, Batch(ids, None, slots, plan), alive)
+
+    def _forward(self, step: _Step) -> Tensor:
+        hidden = self._model.forward(step.batch, self._pool)
+        step.plan.advance()
+        step.batch.slots.add_(step.alive)
+        return hidden
+
+    def _record(self, step: _Step) -> None:
+        # Before a capture kernels are compiled and libraries initialised. Nothing moves on yet: a repeated step writes what it wrote.
+        side = torch.cuda.Stream(self._model.device)
+        side.wait_stream(torch.cuda.current_stream(self._model.device))
+        with torch.cuda.stream(side):
+            for _ in range(_WARM_UPS):
+                self._model.forward(step.batch, self._pool)
+        torch.cuda.current_stream(self._model.device).wait_stream(side)
+        step.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(step.graph, pool=self._memory):
+            step.hidden = self._forward(step)
