@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 BASE := smollm2-135m-instruct
 ASK := $(BIN)/whispers ask --committee examples/cultures --experts japan,italy,mexico,india
 
-.PHONY: demo test lint cultures clean
+.PHONY: demo test lint cultures kernels-page clean
 
 demo: $(VENV)/.demo
 	@$(ASK) "Which sport do most people follow here?" --option Baseball --option Football --option Cricket
@@ -22,6 +22,9 @@ lint: $(VENV)/.dev
 
 cultures: $(VENV)/.demo ## makes the shipped committee anew
 	$(BIN)/python examples/make_cultures.py
+
+kernels-page: $(VENV)/.dev ## compiles every Triton variant and rewrites the tables of docs/kernels.md
+	$(BIN)/python -m whispers_kernels.triton.aot --write docs/kernels.md
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -143,7 +143,8 @@ def committee_attention(
 
     Returns:
         `[R, Hq, D]` in q's dtype; a key named by two segments counts twice; a row that sees nothing gives zeros. With `return_lse`
-        also float32 `[R, Hq]`, natural log, -inf for such a row.
+        also float32 `[R, Hq]`, natural log, -inf for such a row. A value that is not finite makes NaN of the rows that see its key; a
+        compiled kernel may extend that to earlier rows of the same segment, never to another branch's.
 
     Raises:
         ValueError: shapes, dtypes or scales that do not fit, a plan for other rows, or pages beyond the pool.

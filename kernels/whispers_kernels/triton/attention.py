@@ -105,7 +105,7 @@ def attend(
     if IN_PLACE:
         for part in range(part_begin, part_end):
             acc, top, total = attend_part(
-                part, tile_q, at, at_least, at_most, here, head, inner, scale, k_pages, v_pages, k_scale, v_scale,
+                part, tile_q, at, at_least, at_most, head, inner, scale, k_pages, v_pages, k_scale, v_scale,
                 page_ptr, pages, length, key_begin, parts, window, page_stride, token_stride, head_stride,
                 HKV, D, PAGE, BLOCK_M, BLOCK_N, BLOCK_D, DOT, FP8, WINDOW, SOFTCAP, STAGES,
             )  # fmt: skip
@@ -121,7 +121,7 @@ def attend(
                 tl.debug_barrier()  # and overwritten by the next part
     else:
         acc, top, total = attend_part(
-            part_begin, tile_q, at, at_least, at_most, here, head, inner, scale, k_pages, v_pages, k_scale, v_scale,
+            part_begin, tile_q, at, at_least, at_most, head, inner, scale, k_pages, v_pages, k_scale, v_scale,
             page_ptr, pages, length, key_begin, parts, window, page_stride, token_stride, head_stride,
             HKV, D, PAGE, BLOCK_M, BLOCK_N, BLOCK_D, DOT, FP8, WINDOW, SOFTCAP, STAGES,
         )  # fmt: skip

@@ -17,7 +17,6 @@ def attend_part(
     at,  # [M] the rows' positions
     at_least,
     at_most,
-    here,  # [M] which rows there are
     head,
     inner,  # [M] see `weigh`
     scale,
@@ -79,12 +78,12 @@ def attend_part(
             q, k, k_factor, v_factor, top, total, unit, inner, scale, every, DOT, FP8, SOFTCAP, False
         )
         acc = tl.dot(weight.to(DOT), v.to(DOT), acc * shrink[:, None], input_precision="ieee")
+    last = tl.minimum(at, first_key + hi - 1)  # position of the last key that a row sees here
     for key in tl.range(full, hi, BLOCK_N, num_stages=2 if STAGES > 1 else 1):
         offset = key + tl.arange(0, BLOCK_N)
-        seen = (first_key + offset)[None, :] <= at[:, None]
+        seen = (first_key + offset)[None, :] <= last[:, None]  # [M, N]
         if WINDOW:
             seen &= (first_key + offset).to(tl.int64)[None, :] > (at.to(tl.int64) - window)[:, None]
-        seen &= (offset < hi)[None, :] & here[:, None]  # [M, N]
         k = load_tile(
             k_pages, page_list, key, hi, head, page_stride, token_stride, head_stride, D, PAGE, BLOCK_N, BLOCK_D, True
         )
