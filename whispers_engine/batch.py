@@ -31,7 +31,7 @@ class Span:
     soft: Tensor | None = None  # [m, hidden]
     lease: Lease | None = None  # where its pages come from
     computed: int = 0  # how many have their keys in the pages
-    room: int = 0  # positions that its lease has reserved pages for, where it grows
+    room: int = 0  # of a branch that generates: positions that its lease has reserved pages for
     pages: list[int] = field(default_factory=list)
 
     @property

@@ -58,7 +58,7 @@ class Decoder:
     def run(self, work: list[Work]) -> tuple[Tensor, dict[Span, int]] | None:
         """Hidden states `[R, hidden]` and every span's row, as `Model.forward` gives them; None: this is no step for a decoder."""
         spans = [span for span, _ in work]
-        if any(count != 1 or span.parent is None or span.ids[span.computed] < 0 for span, count in work):
+        if any(count != 1 or span.room == 0 or span.ids[span.computed] < 0 for span, count in work):
             return None
         if self._current is None or not self._moves_on(spans):
             self._current = self._load(work)

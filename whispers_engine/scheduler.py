@@ -207,8 +207,9 @@ class Scheduler:
                 return
             for span in task.spans():
                 span.lease = task.lease
-            for branch in task.branches:
-                branch.span.room = task.room(branch)
+            if task.options is None:
+                for branch in task.branches:
+                    branch.span.room = task.room(branch)
             for context, pages in zip(task.contexts, hits, strict=True):
                 context.span.pages = pages
                 context.span.computed = context.cached = len(pages) * self.pool.page_size

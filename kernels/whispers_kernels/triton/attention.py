@@ -190,8 +190,8 @@ def tiles(q: torch.dtype, pages: torch.dtype, dim: int, matrix_rows: int, chip: 
     """
     if dot_dtype(q, pages) == torch.float32:
         if chip == "sm100":
-            return Tiles(16, 16, 4, 2 if 64 < dim <= 128 else 1)
-        return Tiles(16, 16, 4 if chip == "hip" else 8, 1)
+            return Tiles(16, 32, 8, 2)
+        return Tiles(16, 16, 4, 1) if chip == "hip" else Tiles(16, 16 if dim <= 128 else 32, 8, 1)
     if dim > 128:
         if chip == "hip":
             return Tiles(32, 16, 4, 1) if pages == _FP8 else Tiles(64, 32, 4, 1)
