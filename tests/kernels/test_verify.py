@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
+from whispers_engine.cli import common
 from whispers_engine.cli.main import app
 from whispers_kernels import ops, reference, verify, verify_checks
 from whispers_kernels.verify import Check, Result
@@ -280,7 +281,7 @@ def whispers(*args: str) -> tuple[int, str]:
 
 
 def test_the_command_is_green(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(common.out, "width", 200)
     status, printed = whispers("--impl", "reference", "--only", "silu_mul")
     assert status == 0 and "all 9 green" in printed and printed.count("[37, 2 * 4864]") == 3
 
