@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import unicodedata
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 from .errors import WhispersError
 
@@ -93,3 +94,12 @@ def tally(ballots: Sequence[Ballot], asked_weight: float = 1.0, winner: Hashable
         agreement=0.0 if won is None or asked_weight <= 0 else totals[won] / asked_weight,
         diversity_entropy=-math.fsum(share * math.log2(share) for share in shares) + 0.0,
     )
+
+
+def decided(votes: Mapping[Any, float], running: float) -> bool:
+    """Whether a vote has its winner whatever the branches that still run, of this summed weight, may answer.
+
+    They may all choose the runner-up, or something new. A lead that is no more than a tie decides nothing: ties are broken by the ballots.
+    """
+    first, second = [*sorted(votes.values(), reverse=True), 0.0, 0.0][:2]
+    return first - second - running > _SAME

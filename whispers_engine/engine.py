@@ -159,13 +159,14 @@ class Engine:
         aggregate: str = "vote",
         profile: Mapping[str, str] | None = None,
         sampling: SamplingParams | None = None,
+        early_end: bool = True,
     ) -> Answer:
         """Asks a committee and makes one answer of many; the arguments are those of `Request`.
 
         Raises:
             WhispersError: anything in the request that is refused, before any work.
         """
-        for event in self.stream(question, options, experts, top_k, aggregate, profile, sampling):
+        for event in self.stream(question, options, experts, top_k, aggregate, profile, sampling, early_end):
             if isinstance(event, Done):
                 return event.answer
         raise AssertionError("a stream ended without an answer")
@@ -179,6 +180,7 @@ class Engine:
         aggregate: str = "vote",
         profile: Mapping[str, str] | None = None,
         sampling: SamplingParams | None = None,
+        early_end: bool = True,
     ) -> Iterator[Event]:
         """As `ask`, with events as they happen; the last is `Done`. A bad request is refused at once; work starts with the first event.
 
@@ -186,7 +188,7 @@ class Engine:
         """
         sampling = SamplingParams() if sampling is None else sampling
         events: deque[Event] = deque()
-        request = Request(question, options, experts, top_k, aggregate, profile, sampling)
+        request = Request(question, options, experts, top_k, aggregate, profile, sampling, early_end)
         return _Stream(self._scheduler, self._intake.task(request, events.append), events)
 
     def score(

@@ -46,6 +46,8 @@ class Intake:
         check_aggregation(request.aggregate)
         if not isinstance(request.sampling, SamplingParams):
             raise WhispersError(f"sampling: a {type(request.sampling).__name__}; accepted: SamplingParams")
+        if not isinstance(request.early_end, bool):
+            raise WhispersError(f"early_end: {request.early_end!r}; accepted: True or False")
         if isinstance(request.top_k, bool) or not isinstance(request.top_k, int) or request.top_k < 1:
             raise WhispersError(f"top_k: {request.top_k!r}; accepted: an integer, at least 1")
         if request.profile:
@@ -103,6 +105,7 @@ class Intake:
             finish=results.scored
             if score
             else lambda task: results.answered(task, request, routing, self._chat.tokenizer),
+            early_end=request.early_end,
         )
         needed, there = task.pages_needed(self._pool), self._pool.num_pages - self._pool.stats()["pages_pinned"]
         if needed > there:

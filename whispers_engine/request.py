@@ -25,6 +25,8 @@ class Request:
         aggregate: "vote", "delegate", "mixture" or "product".
         profile: a hint to the router, such as `{"country": "Japan"}`; it never enters the prompt.
         sampling: how answers are generated.
+        early_end: whether a vote over free answers ends once the branches that still run can no longer change who wins. The winner is the
+            same; the branches that are cut have no vote, so `agreement` may be lower.
     """
 
     question: Question
@@ -34,6 +36,7 @@ class Request:
     aggregate: str = "vote"
     profile: Mapping[str, str] | None = None
     sampling: SamplingParams = field(default_factory=SamplingParams)
+    early_end: bool = True
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class ExpertAnswer:
     Attributes:
         logprob: sum over its tokens, before temperature; under `mixture` and `product` the expert's own, of the tokens that the pool chose.
         tokens: its ids, an end token included; of a chosen option, the option's.
-        finish_reason: "stop" (an end token or a stop string), "length", or "option".
+        finish_reason: "stop" (an end token or a stop string), "length", "option", or "vote": cut when the vote was decided, and not counted.
     """
 
     expert: str

@@ -45,18 +45,20 @@ def answered(task: Task, request: Request, routing: list[tuple[str, float]], tok
             for branch, o in zip(task.branches, choices, strict=True)
         ]
         events += [Finished(task.id, record) for record in records]
+    voters = [at for at, record in enumerate(records) if record.finish_reason != "vote"]
     ballots = [
-        Ballot(record.expert, record.weight, choice, record.logprob / len(record.tokens))
-        for record, choice in zip(records, choices, strict=True)
+        Ballot(records[at].expert, records[at].weight, choices[at], records[at].logprob / len(records[at].tokens))
+        for at in voters
     ]
     outcome = tally(ballots, math.fsum(record.weight for record in records), winner)
     if shares is not None and winner is not None:
         text = texts[winner]
     else:
-        text = records[outcome.winner].text
+        text = records[voters[outcome.winner]].text
     votes: dict[str, float] = {}
     for index, weight in outcome.votes:  # two options can read the same
-        votes[records[index].text] = votes.get(records[index].text, 0.0) + weight
+        given = records[voters[index]].text
+        votes[given] = votes.get(given, 0.0) + weight
     now = time.perf_counter()
     answer = Answer(
         text=text,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from whispers_kernels import pool_logits
 
-from .aggregate import POOLED
+from .aggregate import POOLED, decided, normalise
 from .batch import Span, Work, build_batch
 from .chat import TextStream
 from .decode import Decoder
@@ -73,6 +74,7 @@ class Task:
     options: list[list[int]] | None
     sink: Callable[[Event], None]
     finish: Callable[[Task], list[Event]]
+    early_end: bool = True
     lease: Lease | None = None
     submitted: float = field(default_factory=time.perf_counter)
     first_result: float = 0.0
@@ -301,6 +303,8 @@ class Scheduler:
         for (task, members), token, logprob in zip(groups, tokens, pooled, strict=True):
             self._append(task, members, token, logprob, own[row : row + len(members)])
             row += len(members)
+        for task in dict.fromkeys(task for task, _ in groups):  # after all of the step's ballots: their order is nobody's
+            self._end_decided(task)
 
     def _choose(self, groups: list[tuple[Task, list[Branch]]]) -> tuple[list[int], list[float], list[float]]:
         """Returns every group's token, its log-probability in the pool, and in each member's own distribution.
@@ -353,11 +357,30 @@ class Scheduler:
                 branch.span.ids.append(token)
             else:
                 piece += branch.text.finish()
-                branch.finish_reason = reason
-                if task.lease is not None:
-                    task.lease.drop(branch.span.pages)  # early, for others to use
-                branch.span.pages = []
+                self._end(task, branch, reason)
         task.sink(Token(task.id, None if task.pooled else members[0].name, token, piece, logprob))
         if reason is not None:
             for branch in members:
+                task.sink(Finished(task.id, branch.record()))
+
+    def _end(self, task: Task, branch: Branch, reason: str) -> None:
+        branch.finish_reason = reason
+        if task.lease is not None:
+            task.lease.drop(branch.span.pages)  # early, for others to use
+        branch.span.pages = []
+
+    def _end_decided(self, task: Task) -> None:
+        """Cuts all branches that run, once they can no longer change who wins the vote. The task is done then."""
+        if task.aggregate != "vote" or not task.early_end:
+            return
+        running = [branch for branch in task.branches if branch.finish_reason is None]
+        votes: dict[str, float] = {}
+        for branch in task.branches:
+            if branch.finish_reason is not None:
+                choice = normalise(branch.text.text)
+                votes[choice] = votes.get(choice, 0.0) + branch.weight
+        if running and decided(votes, math.fsum(branch.weight for branch in running)):
+            for branch in running:
+                branch.text.finish()
+                self._end(task, branch, "vote")
                 task.sink(Finished(task.id, branch.record()))

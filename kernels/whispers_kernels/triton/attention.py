@@ -221,8 +221,17 @@ def chip_of(device: torch.device) -> str:
 
 
 def tile_rows(q: torch.dtype, pages: torch.dtype, group: int, dim: int, widest: int, device: torch.device) -> int:
-    """Rows of a tile, for a plan's schedule, where `widest` rows at most see a segment."""
-    return tiles(q, pages, dim, widest * group, chip_of(device)).rows // group
+    """Rows of a tile, for a plan's schedule, where `widest` rows at most see a segment.
+
+    Raises:
+        ValueError: a group or a head dimension beyond the largest tile.
+    """
+    rows = tiles(q, pages, dim, widest * group, chip_of(device)).rows // group
+    if rows == 0 or dim > 256:
+        raise ValueError(
+            f"impl='triton': {group} q_heads a kv_head of head_dim {dim} in {q}; accepted: at most 16 q_heads, head_dim at most 256"
+        )
+    return rows
 
 
 def committee_attention(
@@ -296,6 +305,7 @@ def committee_attention(
                 k_pages.stride(1),
                 k_pages.stride(2),
                 num_warps=shape.warps,
+                num_stages=shape.stages,
                 **_constexprs(
                     dot, kv_heads, group, dim, page_size, shape, k_scale is not None, window, softcap, in_place
                 ),
