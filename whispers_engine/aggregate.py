@@ -11,7 +11,7 @@ from typing import Any
 
 from .errors import WhispersError
 
-AGGREGATIONS = ("vote", "delegate", "mixture", "product")
+AGGREGATIONS = ("vote", "delegate", "mixture", "product", "compose")
 POOLED = ("mixture", "product")  # all branches append the same token, chosen from the pooled distribution
 _MEANINGFUL = "%‰#&@*"  # Unicode's punctuation, but "50%" is not "50", nor "C#" "C"
 _SAME = 1e-9  # weights this close are equal: 0.1 + 0.2 ties with 0.3

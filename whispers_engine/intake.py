@@ -12,10 +12,11 @@ from . import results
 from .aggregate import POOLED, check_aggregation
 from .batch import Span
 from .chat import ChatEncoder, TextStream
+from .compose import Relay, check_composable, composition
 from .errors import WhispersError
 from .kv_cache import page_hashes, root_hash
 from .panel import Member, Panel
-from .request import Event, Request
+from .request import Done, Event, Failed, Request
 from .sampling import SamplingParams
 from .scheduler import Branch, Context, Scheduler, Task
 
@@ -57,6 +58,8 @@ class Intake:
         routing = self._routing(request.experts)
         context_ids, header = self._chat.split(request.question)
         options = self._options(request.options, required=score)
+        if request.aggregate == "compose" and not score:
+            check_composable(request)
         asked = routing
         if request.aggregate == "delegate" and not score:
             asked = [max(routing, key=lambda item: item[1])]  # the first of the heaviest
@@ -102,9 +105,7 @@ class Intake:
             seed=secrets.randbits(64) if request.sampling.seed is None else request.sampling.seed,
             options=options,
             sink=sink,
-            finish=results.scored
-            if score
-            else lambda task: results.answered(task, request, routing, self._chat.tokenizer),
+            finish=results.scored if score else lambda task: self._finish(task, request, routing),
             early_end=request.early_end,
         )
         needed, there = task.pages_needed(self._pool), self._pool.num_pages - self._pool.stats()["pages_pinned"]
@@ -115,6 +116,24 @@ class Intake:
                 f"{there} are not pinned; accepted: fewer experts, a smaller max_tokens, a shorter question, a larger pool"
             )
         return task
+
+    def _finish(self, task: Task, request: Request, routing: list[tuple[str, float]]) -> list[Event]:
+        """The closing events; under `compose` the base is asked for the last of them."""
+        events = results.answered(task, request, routing, self._chat.tokenizer)
+        last = events[-1]
+        if request.aggregate != "compose" or not isinstance(last, Done):
+            return events
+        messages = composition(request.question, last.answer.experts)
+        written = Request(messages, experts=[], aggregate="delegate", sampling=request.sampling)
+        try:
+            task.follow = self.task(written, Relay(task.id, last.answer, task.sink))
+        except WhispersError as error:
+            return [
+                *events[:-1],
+                Failed(task.id, f"aggregate 'compose': the experts' answers make too long a question: {error}"),
+            ]
+        self._scheduler.add(task.follow)
+        return events[:-1]
 
     def _routing(self, experts: Sequence[str] | Mapping[str, float] | None) -> list[tuple[str, float]]:
         """Names and weights that sum to one."""

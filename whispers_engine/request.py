@@ -22,7 +22,7 @@ class Request:
         experts: names, with equal weights, or a mapping from names to weights; `[]`: the base alone; None: the router chooses, and a
             committee without a router is asked whole, with equal weights.
         top_k: how many experts the router chooses.
-        aggregate: "vote", "delegate", "mixture" or "product".
+        aggregate: "vote", "delegate", "mixture", "product" or "compose".
         profile: a hint to the router, such as `{"country": "Japan"}`; it never enters the prompt.
         sampling: how answers are generated.
         early_end: whether a vote over free answers ends once the branches that still run can no longer change who wins. The winner is the
@@ -46,7 +46,7 @@ class ExpertAnswer:
     Attributes:
         logprob: sum over its tokens, before temperature; under `mixture` and `product` the expert's own, of the tokens that the pool chose.
         tokens: its ids, an end token included; of a chosen option, the option's.
-        finish_reason: "stop" (an end token or a stop string), "length", "option", or "vote": cut when the vote was decided, and not counted.
+        finish_reason: "stop" (an end token or a stop string), "length", "option", or "vote": cut when the vote was decided, not counted.
     """
 
     expert: str
@@ -62,7 +62,7 @@ class Answer:
     """The committee's answer.
 
     Attributes:
-        text: the winner's, as its best ballot puts it; under `mixture` and `product` the pool's own.
+        text: the winner's, as its best ballot puts it; under `mixture` and `product` the pool's own; under `compose` the base's.
         routing: every expert asked, with its weight.
         gated: whether the base answered alone since culture was not at stake.
         experts: the branches' answers, in routing's order.
@@ -71,7 +71,7 @@ class Answer:
         agreement: the winner's weight over all asked weight.
         diversity_entropy: bits, over the votes' shares of the weight.
         usage: tokens: context (of which cached), branch (computed rows of soft prompts, headers, answers and options), generated.
-        timing: seconds: prefill (until the first branch had its first token or score), decode, total.
+        timing: seconds: prefill (until the first branch had its first token or score), decode, total; under `compose` also compose.
     """
 
     text: str
@@ -119,7 +119,7 @@ class Routed:
 
 @dataclass(frozen=True)
 class Token:
-    """A branch's next token, or the pool's (`expert=None`).
+    """A branch's next token, or the pool's or the composed answer's (`expert=None`).
 
     Attributes:
         text: what became certain with it: empty while a character or a possible stop string is incomplete.

@@ -75,6 +75,7 @@ class Task:
     sink: Callable[[Event], None]
     finish: Callable[[Task], list[Event]]
     early_end: bool = True
+    follow: Task | None = None  # what the finished task has started: the base's composition
     lease: Lease | None = None
     submitted: float = field(default_factory=time.perf_counter)
     first_result: float = 0.0
@@ -144,7 +145,9 @@ class Scheduler:
         self._waiting.append(task)
 
     def abort(self, task: Task) -> None:
-        """Forgets a task and gives its pages back; one that is done already is left alone."""
+        """Forgets a task, and what followed from it, and gives its pages back; one that is done already is left alone."""
+        if task.follow is not None:
+            self.abort(task.follow)
         if task in self._waiting:
             self._waiting.remove(task)
         if task in self._running:
@@ -303,7 +306,9 @@ class Scheduler:
         for (task, members), token, logprob in zip(groups, tokens, pooled, strict=True):
             self._append(task, members, token, logprob, own[row : row + len(members)])
             row += len(members)
-        for task in dict.fromkeys(task for task, _ in groups):  # after all of the step's ballots: their order is nobody's
+        for task in dict.fromkeys(
+            task for task, _ in groups
+        ):  # after all of the step's ballots: their order is nobody's
             self._end_decided(task)
 
     def _choose(self, groups: list[tuple[Task, list[Branch]]]) -> tuple[list[int], list[float], list[float]]:

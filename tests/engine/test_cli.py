@@ -399,7 +399,7 @@ BAD: dict[str, tuple[tuple[Any, ...], tuple[str, ...]]] = {
     "question too long": (("ask", "rice " * 600, "--committee", "{committee}"), ("question:", "accepted: 512 in all")),
     "unknown expert": ((*ASK, "--experts", "nobody"), ("expert 'nobody'", "accepted: north, south, east")),
     "expert twice": ((*ASK, "--experts", "north,north"), ("names one twice", "accepted: every name once")),
-    "aggregation": ((*ASK, "--aggregate", "majority"), ("aggregate: 'majority'", "accepted: vote, delegate, mixture, product")),
+    "aggregation": ((*ASK, "--aggregate", "majority"), ("aggregate: 'majority'", "accepted: vote, delegate, mixture, product, compose")),
     "top-k": ((*ASK, "--top-k", 0), ("top_k: 0", "accepted: an integer, at least 1")),
     "temperature": ((*ASK, "--temperature", -1), ("temperature -1.0", "accepted: a finite number, at least 0")),
     "temperature nan": ((*ASK, "--temperature", "nan"), ("temperature nan", "accepted: a finite number, at least 0")),

@@ -114,7 +114,7 @@ REQUESTS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "option out of range": ({"options": [[VOCAB]]}, (f"token id {VOCAB}", f"integers in [0, {VOCAB})")),
     "option a number": ({"options": [5]}, ("option: a int", "accepted: a list of token ids")),
     "option too long": ({"options": ["rice", [5] * LIMIT]}, (f"{LIMIT} more for an answer", f"accepted: {LIMIT} in all")),
-    "aggregation": ({"aggregate": "majority"}, ("aggregate: 'majority'", "accepted: vote, delegate, mixture, product")),
+    "aggregation": ({"aggregate": "majority"}, ("aggregate: 'majority'", "accepted: vote, delegate, mixture, product, compose")),
     "top_k 0": ({"top_k": 0}, ("top_k: 0", "accepted: an integer, at least 1")),
     "top_k 1.5": ({"top_k": 1.5}, ("top_k: 1.5", "accepted: an integer, at least 1")),
     "profile without router": ({"profile": {"country": "Japan"}}, ("profile: this committee has no router", "accepted: None")),

@@ -28,7 +28,9 @@ def ask(
     ] = None,
     experts: Annotated[str | None, typer.Option("--experts", help="Names, with commas between. Default: all.")] = None,
     top_k: Annotated[int, typer.Option("--top-k", help="How many experts a router chooses.")] = 3,
-    aggregate: Annotated[str, typer.Option("--aggregate", help="vote, delegate, mixture or product.")] = "vote",
+    aggregate: Annotated[
+        str, typer.Option("--aggregate", help="vote, delegate, mixture, product or compose.")
+    ] = "vote",
     profile: Annotated[list[str] | None, typer.Option("--profile", help="KEY=VALUE, a hint to the router.")] = None,
     temperature: Annotated[float, typer.Option("--temperature", help="0 takes the likeliest token.")] = 0.0,
     top_p: Annotated[float, typer.Option("--top-p", help="Keep the likeliest tokens up to this probability.")] = 1.0,

@@ -13,6 +13,7 @@ from whispers_engine.errors import WhispersError
 from . import bench, experts
 from .ask import ask
 from .common import JsonOption, out, print_json, pull_with_progress
+from .score import score
 from .verify import verify
 
 app = typer.Typer(
@@ -22,6 +23,7 @@ app = typer.Typer(
     help="Committees of soft-prompt experts over one frozen language model.",
 )
 app.command()(ask)
+app.command()(score)
 app.command()(verify)
 app.add_typer(experts.app, name="experts")
 app.add_typer(bench.app, name="bench")
