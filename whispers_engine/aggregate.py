@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 import unicodedata
+from collections import deque
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -30,6 +32,28 @@ def normalise(text: str) -> str:
     while text and unicodedata.category(text[-1]).startswith("P") and text[-1] not in _MEANINGFUL:
         text = text[:-1].rstrip()
     return text
+
+
+def voted_part(text: str, pattern: re.Pattern[str] | None) -> str:
+    """What of an answer is voted on: the group of the pattern's last match, or all of it where there is no pattern or no match."""
+    found = None if pattern is None else deque(pattern.finditer(text), maxlen=1)
+    return (found[0][1] or "") if found else text
+
+
+def answer_pattern(pattern: str | None) -> re.Pattern[str] | None:
+    """Compiles a pattern with exactly one group. Raises WhispersError for anything else."""
+    if pattern is None:
+        return None
+    accepted = r"None, or a regular expression with one group, such as 'Answer: (\w+)'"
+    if not isinstance(pattern, str):
+        raise WhispersError(f"answer_pattern: {pattern!r}; accepted: {accepted}")
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise WhispersError(f"answer_pattern: {pattern!r}: {error}; accepted: {accepted}") from error
+    if compiled.groups != 1:
+        raise WhispersError(f"answer_pattern: {pattern!r} has {compiled.groups} groups; accepted: {accepted}")
+    return compiled
 
 
 @dataclass(frozen=True)

@@ -160,13 +160,16 @@ class Engine:
         profile: Mapping[str, str] | None = None,
         sampling: SamplingParams | None = None,
         early_end: bool = True,
+        answer_pattern: str | None = None,
     ) -> Answer:
         """Asks a committee and makes one answer of many; the arguments are those of `Request`.
 
         Raises:
             WhispersError: anything in the request that is refused, before any work.
         """
-        for event in self.stream(question, options, experts, top_k, aggregate, profile, sampling, early_end):
+        for event in self.stream(
+            question, options, experts, top_k, aggregate, profile, sampling, early_end, answer_pattern
+        ):
             if isinstance(event, Done):
                 return event.answer
         raise AssertionError("a stream ended without an answer")
@@ -181,6 +184,7 @@ class Engine:
         profile: Mapping[str, str] | None = None,
         sampling: SamplingParams | None = None,
         early_end: bool = True,
+        answer_pattern: str | None = None,
     ) -> Iterator[Event]:
         """As `ask`, with events as they happen; the last is `Done`. A bad request is refused at once; work starts with the first event.
 
@@ -188,7 +192,7 @@ class Engine:
         """
         sampling = SamplingParams() if sampling is None else sampling
         events: deque[Event] = deque()
-        request = Request(question, options, experts, top_k, aggregate, profile, sampling, early_end)
+        request = Request(question, options, experts, top_k, aggregate, profile, sampling, early_end, answer_pattern)
         return _Stream(self._scheduler, self._intake.task(request, events.append), events)
 
     def score(

@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 
 from . import results
-from .aggregate import POOLED, check_aggregation
+from .aggregate import POOLED, answer_pattern, check_aggregation
 from .batch import Span
 from .chat import ChatEncoder, TextStream
 from .compose import Relay, check_composable, composition
@@ -47,6 +47,7 @@ class Intake:
         check_aggregation(request.aggregate)
         if not isinstance(request.sampling, SamplingParams):
             raise WhispersError(f"sampling: a {type(request.sampling).__name__}; accepted: SamplingParams")
+        pattern = answer_pattern(request.answer_pattern)
         if not isinstance(request.early_end, bool):
             raise WhispersError(f"early_end: {request.early_end!r}; accepted: True or False")
         if isinstance(request.top_k, bool) or not isinstance(request.top_k, int) or request.top_k < 1:
@@ -107,6 +108,7 @@ class Intake:
             sink=sink,
             finish=results.scored if score else lambda task: self._finish(task, request, routing),
             early_end=request.early_end,
+            pattern=pattern,
         )
         needed, there = task.pages_needed(self._pool), self._pool.num_pages - self._pool.stats()["pages_pinned"]
         if needed > there:

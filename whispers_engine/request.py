@@ -27,6 +27,8 @@ class Request:
         sampling: how answers are generated.
         early_end: whether a vote over free answers ends once the branches that still run can no longer change who wins. The winner is the
             same; the branches that are cut have no vote, so `agreement` may be lower.
+        answer_pattern: a regular expression with one group; free answers count as the same where its last match in them is. None, or no
+            match: the whole answer.
     """
 
     question: Question
@@ -37,6 +39,7 @@ class Request:
     profile: Mapping[str, str] | None = None
     sampling: SamplingParams = field(default_factory=SamplingParams)
     early_end: bool = True
+    answer_pattern: str | None = None
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,8 @@ class Answer:
         routing: every expert asked, with its weight.
         gated: whether the base answered alone since culture was not at stake.
         experts: the branches' answers, in routing's order.
-        votes: summed weight of every answer given, best first. Answers that differ in case or final punctuation are one.
+        votes: summed weight of every answer given (what `answer_pattern` finds in it), best first. Answers that differ in case or final
+            punctuation are one.
         options: the pooled probability of every option; None for a free answer.
         agreement: the winner's weight over all asked weight.
         diversity_entropy: bits, over the votes' shares of the weight.

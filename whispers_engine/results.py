@@ -31,7 +31,8 @@ def answered(task: Task, request: Request, routing: list[tuple[str, float]], tok
     shares: list[float] | None = None
     if task.options is None or request.options is None:
         records = [branch.record() for branch in task.branches]
-        choices: list[Any] = [normalise(record.text) for record in records]
+        parts = [task.part(branch).strip() for branch in task.branches] if task.pattern else [r.text for r in records]
+        choices: list[Any] = [normalise(part) for part in parts]
         winner = choices[0] if task.pooled else None
     else:
         texts = [option if isinstance(option, str) else tokenizer.decode(option) for option in request.options]
@@ -44,6 +45,7 @@ def answered(task: Task, request: Request, routing: list[tuple[str, float]], tok
             )
             for branch, o in zip(task.branches, choices, strict=True)
         ]
+        parts = [record.text for record in records]
         events += [Finished(task.id, record) for record in records]
     voters = [at for at, record in enumerate(records) if record.finish_reason != "vote"]
     ballots = [
@@ -57,7 +59,7 @@ def answered(task: Task, request: Request, routing: list[tuple[str, float]], tok
         text = records[voters[outcome.winner]].text
     votes: dict[str, float] = {}
     for index, weight in outcome.votes:  # two options can read the same
-        given = records[voters[index]].text
+        given = parts[voters[index]]
         votes[given] = votes.get(given, 0.0) + weight
     now = time.perf_counter()
     answer = Answer(

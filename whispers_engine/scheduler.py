@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections import deque
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from whispers_kernels import pool_logits
 
-from .aggregate import POOLED, decided, normalise
+from .aggregate import POOLED, decided, normalise, voted_part
 from .batch import Span, Work, build_batch
 from .chat import TextStream
 from .decode import Decoder
@@ -75,6 +76,7 @@ class Task:
     sink: Callable[[Event], None]
     finish: Callable[[Task], list[Event]]
     early_end: bool = True
+    pattern: re.Pattern[str] | None = None  # finds the part of a free answer that is voted on
     follow: Task | None = None  # what the finished task has started: the base's composition
     lease: Lease | None = None
     submitted: float = field(default_factory=time.perf_counter)
@@ -83,6 +85,10 @@ class Task:
     @property
     def pooled(self) -> bool:
         return self.aggregate in POOLED
+
+    def part(self, branch: Branch) -> str:
+        """What of a branch's free answer is voted on."""
+        return voted_part(branch.text.text, self.pattern)
 
     @property
     def done(self) -> bool:
@@ -382,7 +388,7 @@ class Scheduler:
         votes: dict[str, float] = {}
         for branch in task.branches:
             if branch.finish_reason is not None:
-                choice = normalise(branch.text.text)
+                choice = normalise(task.part(branch))
                 votes[choice] = votes.get(choice, 0.0) + branch.weight
         if running and decided(votes, math.fsum(branch.weight for branch in running)):
             for branch in running:

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from tests.engine.conftest import Tiny, soft_prompt, token_ids
 from whispers_engine import Engine, SamplingParams
-from whispers_engine.aggregate import decided, normalise
+from whispers_engine.aggregate import answer_pattern, decided, normalise, voted_part
+from whispers_engine.errors import WhispersError
 from whispers_engine.request import Answer, Done, Finished, Request, Token
 
 CHOICES = "abn"  # two that somebody has given, maybe, and one that is new
@@ -113,7 +114,43 @@ def test_only_votes_end_early(llama: Tiny, committee: Engine, aggregate: str) ->
 
 
 def test_early_end_is_yes_or_no(llama: Tiny, engine: Engine) -> None:
-    from whispers_engine.errors import WhispersError
-
     with pytest.raises(WhispersError, match="early_end: 1; accepted: True or False"):
         engine.submit(Request(token_ids(llama, 4, 0), early_end=1))  # type: ignore[arg-type]
+
+
+# --- what is voted on ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text, pattern, part",
+    [
+        ("Answer: rice.", r"Answer: (\w+)", "rice"),
+        ("Answer: rice. No. Answer: bread", r"Answer: (\w+)", "bread"),  # the last one counts
+        ("I do not know", r"Answer: (\w+)", "I do not know"),
+        ("Answer: rice", None, "Answer: rice"),
+        ("yes", r"yes(!)?", ""),  # a group that took no part
+    ],
+)
+def test_voted_part(text: str, pattern: str | None, part: str) -> None:
+    assert voted_part(text, answer_pattern(pattern)) == part
+
+
+@pytest.mark.parametrize("pattern", ["(", "no group", "(two) (groups)", 7])
+def test_patterns_that_are_refused(llama: Tiny, engine: Engine, pattern: object) -> None:
+    with pytest.raises(WhispersError, match=r"answer_pattern: .*accepted: None, or a regular expression with one group"):
+        engine.ask("tea", answer_pattern=pattern)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("early_end", [False, True])
+def test_a_committee_votes_on_the_part(llama: Tiny, committee: Engine, early_end: bool) -> None:
+    """Random answers differ as a whole; by their first character some agree."""
+    sampling = SamplingParams(temperature=1.0, seed=2, max_tokens=6)
+    question, experts = token_ids(llama, 9, 2), ["e0", "e1", "e2", "e3"]
+    pattern = r"(?s)\A\s*(.).*"
+    whole = committee.ask(question, experts=experts, sampling=sampling, early_end=False)
+    answer = committee.ask(question, experts=experts, sampling=sampling, early_end=early_end, answer_pattern=pattern)
+    first = [record.text.strip()[:1] for record in whole.experts]
+    weights = {normalise(c): sum(0.25 for other in first if normalise(other) == normalise(c)) for c in first}
+    assert answer.agreement == pytest.approx(max(weights.values()))
+    assert {normalise(part): weight for part, weight in answer.votes.items()} == pytest.approx(weights)
+    assert answer.text in [record.text for record in whole.experts]

@@ -1,14 +1,21 @@
-"""`committee_attention` is the softmax over the union of what a row sees.
+"""`committee_attention` is the softmax over the union of what a row sees, whatever computes it.
 
-The reference agrees with a loop over rows and keys in float64, to 1e-10 in float64 and within twice the error of PyTorch's own
-attention in the other dtypes, for random plans and every option. Keys that no segment names are NaN here, so a stray read shows.
+Every implementation agrees with a loop over rows and keys in float64, for random plans and every option: the reference to 1e-10 in
+float64, all of them within twice the error of PyTorch's own attention in the other dtypes. Keys that no segment names are NaN here, and
+so is new memory: a stray read shows, and so does a result that is not written. That a kernel's row has the same bits in any company:
+at the end.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from random import Random
+from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,38 +23,51 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.kernels.impls import device_of, every_impl, every_impl_and_dtype, untouched
 from tests.kernels.plans import FP8, Case, Inputs, cases, options
-from whispers_kernels import Plan, Segment, committee_attention
+from whispers_kernels import Plan, Segment, available_impls, committee_attention, ops, schedule
+from whispers_kernels.plan import FixedPlan
+from whispers_kernels.schedule import last_boundary, lay_out
+from whispers_kernels.verify_checks import new_memory_is_nan
 
 EPS32 = torch.finfo(torch.float32).eps
 INF = math.inf
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+needs_triton = pytest.mark.skipif("triton" not in available_impls(), reason="needs triton")
+# The interpreter computes with numpy, which warns of the infinities that a kernel makes and handles.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
-def examples(number: int) -> settings:
-    return settings(max_examples=number, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-
-
-def attend(case: Case, inputs: Inputs, **keywords: Any) -> tuple[Tensor, Tensor]:
-    out, lse = committee_attention(
-        inputs.q,
-        inputs.k_pages,
-        inputs.v_pages,
-        case.plan(),
-        k_scale=inputs.k_scale,
-        v_scale=inputs.v_scale,
-        return_lse=True,
-        impl="reference",
-        **keywords,
+def on_random(number: int, impl: str, *strategies: st.SearchStrategy[Any]) -> Callable[[Callable[..., None]], None]:
+    """Runs the decorated test at once on so many examples; on twelve where each takes an interpreter long, or a GPU a compilation."""
+    few = settings(
+        max_examples=number if impl == "reference" else min(number, 12),
+        deadline=None,
+        suppress_health_check=[HealthCheck.too_slow],
     )
+    return lambda test: few(given(*strategies)(test))()
+
+
+def attend(
+    case: Case, inputs: Inputs, impl: str = "reference", plan: Plan | None = None, **keywords: Any
+) -> tuple[Tensor, Tensor]:
+    """The operation where `impl` runs; the plan is the case's unless another is given. Results are on the CPU."""
+    device = device_of(impl)
+    q, k_pages, v_pages, k_scale, v_scale = (None if tensor is None else tensor.to(device) for tensor in inputs)
+    assert q is not None and k_pages is not None and v_pages is not None
+    plan = case.plan(device) if plan is None else plan
+    scales = {"k_scale": k_scale, "v_scale": v_scale}
+    with new_memory_is_nan():
+        out, lse = committee_attention(q, k_pages, v_pages, plan, return_lse=True, impl=impl, **scales, **keywords)
     assert out.dtype == inputs.q.dtype and out.shape == inputs.q.shape
     assert lse.dtype == torch.float32 and lse.shape == inputs.q.shape[:2]
-    return out, lse
+    return out.cpu(), lse.cpu()
 
 
-def gather(case: Case, pool: Tensor, row: int, window: int | None) -> Tensor:
-    """`[Hq, K, D]`: what each head of `row` sees."""
-    seen = [pool[page, offset] for page, offset in case.visible(row, window)]
-    return torch.stack(seen, dim=1).repeat_interleave(case.group, dim=0)
+def gather(case: Case, pool: Tensor, seen: list[tuple[int, int]]) -> Tensor:
+    """`[Hq, K, D]`: the keys or values of what a row sees, for each of its heads."""
+    pages, offsets = zip(*seen, strict=True)
+    return pool[list(pages), list(offsets)].transpose(0, 1).repeat_interleave(case.group, dim=0)
 
 
 def direct(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None) -> tuple[Tensor, Tensor]:
@@ -66,8 +86,8 @@ def oracle(
     q, k_pages, v_pages = inputs.q.double(), inputs.keys(), inputs.values()
     out, lse, largest = torch.zeros_like(q), torch.full(q.shape[:2], -INF, dtype=torch.float64), 0.0
     for row in range(len(case.positions)):
-        if case.visible(row, window):
-            k, v = gather(case, k_pages, row, window), gather(case, v_pages, row, window)
+        if seen := case.visible(row, window):
+            k, v = gather(case, k_pages, seen), gather(case, v_pages, seen)
             out[row], scores = direct(q[row], k, v, case.dim**-0.5 if scale is None else scale, softcap)
             lse[row] = scores.exp().sum(-1).log()
             largest = max(largest, scores.abs().max().item())
@@ -75,14 +95,19 @@ def oracle(
 
 
 def pytorch_error(
-    case: Case, inputs: Inputs, exact: Tensor, scale: float | None, window: int | None, softcap: float | None
+    case: Case,
+    inputs: Inputs,
+    exact: Tensor,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
 ) -> float:
     """How far PyTorch's own attention is off, on the same keys in q's dtype. It has no softcap: there, plain softmax."""
     q, worst = inputs.q, 0.0
     k_pages, v_pages = inputs.keys().to(q.dtype), inputs.values().to(q.dtype)
     for row in range(len(case.positions)):
-        if case.visible(row, window):
-            k, v = gather(case, k_pages, row, window), gather(case, v_pages, row, window)
+        if seen := case.visible(row, window):
+            k, v = gather(case, k_pages, seen), gather(case, v_pages, seen)
             if softcap is None:
                 out = F.scaled_dot_product_attention(q[row, :, None], k, v, scale=scale)[:, 0]
             else:
@@ -91,9 +116,9 @@ def pytorch_error(
     return worst
 
 
-def check(case: Case, inputs: Inputs, keywords: dict[str, Any]) -> None:
+def check(case: Case, inputs: Inputs, impl: str, keywords: dict[str, Any]) -> None:
     """The error budget. Its rounding band: one rounding of the result to its dtype, and four float32 roundings of a score or of 1."""
-    out, lse = attend(case, inputs, **keywords)
+    out, lse = attend(case, inputs, impl, **keywords)
     exact, exact_lse, score = oracle(case, inputs, **keywords)
     value = inputs.values().nan_to_num().abs().max().item()
     band = torch.finfo(out.dtype).eps / 2 * exact.abs().max().item() + 4 * EPS32 * (1 + score) * value
@@ -102,54 +127,69 @@ def check(case: Case, inputs: Inputs, keywords: dict[str, Any]) -> None:
     torch.testing.assert_close(lse.double(), exact_lse, rtol=2e-6, atol=8 * EPS32 * (1 + score))
 
 
-@examples(100)
-@given(cases(), options())
-def test_float64_agrees_to_1e_10(case: Case, keywords: dict[str, Any]) -> None:
-    out, lse = attend(case, case.inputs(torch.float64), **keywords)
-    exact, exact_lse, _ = oracle(case, case.inputs(torch.float64), **keywords)
-    torch.testing.assert_close(out, exact, rtol=0, atol=1e-10)
-    torch.testing.assert_close(lse, exact_lse.float(), rtol=EPS32, atol=1e-10)
-    blind = torch.tensor([not case.visible(row, keywords["window"]) for row in range(len(case.positions))])
-    assert torch.equal(out[blind], torch.zeros_like(out[blind])) and bool((lse[blind] == -INF).all())
-    assert bool(lse[~blind].isfinite().all())
+def test_float64_agrees_to_1e_10() -> None:
+    @on_random(100, "reference", cases(), options())
+    def agrees(case: Case, keywords: dict[str, Any]) -> None:
+        out, lse = attend(case, case.inputs(torch.float64), **keywords)
+        exact, exact_lse, _ = oracle(case, case.inputs(torch.float64), **keywords)
+        torch.testing.assert_close(out, exact, rtol=0, atol=1e-10)
+        torch.testing.assert_close(lse, exact_lse.float(), rtol=EPS32, atol=1e-10)
+        blind = torch.tensor([not case.visible(row, keywords["window"]) for row in range(len(case.positions))])
+        assert torch.equal(out[blind], torch.zeros_like(out[blind])) and bool((lse[blind] == -INF).all())
+        assert bool(lse[~blind].isfinite().all())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@examples(40)
-@given(cases(), options())
-def test_error_is_within_twice_pytorchs(dtype: torch.dtype, case: Case, keywords: dict[str, Any]) -> None:
-    check(case, case.inputs(dtype), keywords)
+@every_impl_and_dtype
+def test_error_is_within_twice_pytorchs(impl: str, dtype: torch.dtype) -> None:
+    @on_random(40, impl, cases(), options())
+    def within(case: Case, keywords: dict[str, Any]) -> None:
+        check(case, case.inputs(dtype), impl, keywords)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@examples(20)
-@given(cases(), options())
-def test_fp8_pages_count_as_their_dequantised_values(dtype: torch.dtype, case: Case, keywords: dict[str, Any]) -> None:
-    check(case, case.inputs(dtype, FP8), keywords)
+@every_impl_and_dtype
+def test_fp8_pages_count_as_their_dequantised_values(impl: str, dtype: torch.dtype) -> None:
+    @on_random(20, impl, cases(), options())
+    def within(case: Case, keywords: dict[str, Any]) -> None:
+        check(case, case.inputs(dtype, FP8), impl, keywords)
 
 
-@pytest.mark.parametrize("pages_dtype", [FP8, torch.bfloat16, torch.float32])
-@examples(20)
-@given(cases(), options())
-def test_pages_of_another_dtype_lose_nothing(pages_dtype: torch.dtype, case: Case, keywords: dict[str, Any]) -> None:
-    inputs = case.inputs(torch.float64, pages_dtype)
-    out, _ = attend(case, inputs, **keywords)
-    torch.testing.assert_close(out, oracle(case, inputs, **keywords)[0], rtol=0, atol=1e-10)
+@pytest.mark.parametrize("pages_dtype", [FP8, BF16, F32])
+def test_pages_of_another_dtype_lose_nothing(pages_dtype: torch.dtype) -> None:
+    @on_random(20, "reference", cases(), options())
+    def agrees(case: Case, keywords: dict[str, Any]) -> None:
+        inputs = case.inputs(torch.float64, pages_dtype)
+        out, _ = attend(case, inputs, **keywords)
+        torch.testing.assert_close(out, oracle(case, inputs, **keywords)[0], rtol=0, atol=1e-10)
 
 
-@examples(40)
-@given(cases(), options(), st.data())
-def test_a_row_does_not_depend_on_its_neighbours(case: Case, keywords: dict[str, Any], data: st.DataObject) -> None:
+@every_impl
+@pytest.mark.parametrize("dtype, pages_dtype", [(F32, F16), (F16, F32)])
+def test_q_and_pages_may_differ(impl: str, dtype: torch.dtype, pages_dtype: torch.dtype) -> None:
+    @on_random(10, impl, cases(), options())
+    def within(case: Case, keywords: dict[str, Any]) -> None:
+        check(case, case.inputs(dtype, pages_dtype), impl, keywords)
+
+
+def test_a_row_does_not_depend_on_its_neighbours_but_for_rounding() -> None:
+    """The reference's matrix products round by their shape."""
+
+    @on_random(40, "reference", cases(), options(), st.data())
+    def close(case: Case, keywords: dict[str, Any], data: st.DataObject) -> None:
+        keywords["scale"] = None  # scores near 1, so that 1e-6 is a few roundings
+        for found, alone in zip(*in_company_and_alone(case, case.inputs(F32), "reference", keywords, data), strict=True):
+            torch.testing.assert_close(alone, found, rtol=1e-6, atol=1e-6)
+
+
+def in_company_and_alone(
+    case: Case, inputs: Inputs, impl: str, keywords: dict[str, Any], data: st.DataObject
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Result and log-sum-exp of a few rows, as part of the case and without the other rows. Other rows' NaN changes no bit of them."""
     rows = sorted(data.draw(st.sets(st.integers(0, len(case.positions) - 1), min_size=1, max_size=5)))
-    inputs = case.inputs(torch.float32)
-    keywords["scale"] = None  # scores near 1, so that 1e-6 is a few roundings
-    out, lse = attend(case, inputs, **keywords)
-    alone = case.keep(rows)
-    alone_out, alone_lse = attend(alone, alone.inputs(torch.float32)._replace(q=inputs.q[rows]), **keywords)
-    torch.testing.assert_close(alone_out, out[rows], rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(alone_lse, lse[rows], rtol=1e-6, atol=1e-6)
+    out, lse = attend(case, inputs, impl, **keywords)
     others = torch.full_like(inputs.q, math.nan).index_copy_(0, torch.tensor(rows), inputs.q[rows])
-    assert torch.equal(attend(case, inputs._replace(q=others), **keywords)[0][rows], out[rows])
+    assert torch.equal(attend(case, inputs._replace(q=others), impl, **keywords)[0][rows], out[rows])
+    alone = attend(case.keep(rows), inputs._replace(q=inputs.q[rows]), impl, **keywords)
+    return (out[rows], lse[rows]), alone
 
 
 # With q = 0 every key has the same share, so a result is the mean of the values seen and exp(lse) their number. Values: 1, 2, 3, ...
@@ -173,39 +213,146 @@ BY_HAND: dict[str, tuple[list[Segment], list[int], dict[str, int], list[list[int
 }
 
 
+@every_impl
 @pytest.mark.parametrize("name", BY_HAND)
-def test_by_hand(name: str) -> None:
+def test_by_hand(name: str, impl: str) -> None:
     segments, positions, keywords, seen = BY_HAND[name]
     pages = torch.arange(1.0, 9.0).reshape(4, 2, 1, 1)
     inputs = Inputs(torch.zeros(len(positions), 2, 1), pages, pages)
-    out, lse = attend(Case(tuple(segments), tuple(positions), 2, 4), inputs, **keywords)
+    out, lse = attend(Case(tuple(segments), tuple(positions), 2, 4), inputs, impl, **keywords)
     for row, values in enumerate(seen):
         assert out[row].flatten().tolist() == pytest.approx([sum(values) / max(len(values), 1)] * 2)
         assert lse[row].exp().tolist() == pytest.approx([len(values)] * 2)
 
 
-def test_without_return_lse_the_result_comes_alone() -> None:
-    q, pages = torch.zeros(2, 2, 1), torch.arange(1.0, 9.0).reshape(4, 2, 1, 1)
-    plan = Plan.from_segments([CONTEXT, TWICE], [3, 1])
-    out, _ = committee_attention(q, pages, pages, plan, return_lse=True, impl="reference")
-    alone = committee_attention(q, pages, pages, plan, impl="reference")
+@every_impl
+def test_without_return_lse_the_result_comes_alone(impl: str) -> None:
+    device = device_of(impl)
+    q, pages = torch.zeros(2, 2, 1, device=device), torch.arange(1.0, 9.0, device=device).reshape(4, 2, 1, 1)
+    plan = Plan.from_segments([CONTEXT, TWICE], [3, 1], device)
+    out, _ = committee_attention(q, pages, pages, plan, return_lse=True, impl=impl)
+    alone = committee_attention(q, pages, pages, plan, impl=impl)
     assert isinstance(alone, Tensor) and torch.equal(alone, out)
 
 
-def test_a_neighbours_nan_stays_its_own() -> None:
-    """Two rows share a page; one of them sees another page of NaN. The other's result is what it is alone."""
+@every_impl
+@pytest.mark.parametrize("infinite", [math.nan, INF, -INF])
+def test_a_neighbours_nan_stays_its_own(infinite: float, impl: str) -> None:
+    """Two rows share a page; one of them sees another page that is not finite. The other's result is what it is alone."""
     pages = torch.ones(3, 2, 1, 4)
     values = pages.clone()
-    values[1] = math.nan
-    plan = Plan.from_segments([([0], 2, 0, 0, 2), ([1], 1, 2, 0, 1), ([2], 1, 2, 1, 2)], [2, 2])
-    out = committee_attention(torch.ones(2, 1, 4), pages, values, plan, impl="reference")
-    assert isinstance(out, torch.Tensor)
+    values[1] = infinite
+    case = Case((Segment([0], 2, 0, 0, 2), Segment([1], 1, 2, 0, 1), Segment([2], 1, 2, 1, 2)), (2, 2), 2, 3)
+    out, _ = attend(case, Inputs(torch.ones(2, 1, 4), pages, values), impl)
     assert out[0].isnan().all()
     torch.testing.assert_close(out[1], torch.ones(1, 4))
 
 
-def test_a_window_beyond_all_positions_hides_nothing() -> None:
+def test_a_later_keys_nan_is_not_an_earlier_rows() -> None:
+    """Of the reference. A compiled kernel may make NaN of such rows: 0 * NaN in a matrix product."""
+    values = torch.ones(1, 4, 1, 4)
+    values[0, 2:] = math.nan
+    case = Case((Segment([0], 4, 0, 0, 4),), (0, 1, 2, 3), 4, 1)
+    out, _ = attend(case, Inputs(torch.ones(4, 1, 4), torch.ones(1, 4, 1, 4), values))
+    torch.testing.assert_close(out[:2], torch.ones(2, 1, 4))
+    assert out[2:].isnan().all()
+
+
+@every_impl
+def test_a_window_beyond_all_positions_hides_nothing(impl: str) -> None:
     pages = torch.ones(1, 2, 1, 4)
-    plan = Plan.from_segments([([0], 2, 0, 0, 1)], [1])
-    out = committee_attention(torch.ones(1, 1, 4), pages, pages, plan, window=2**40, impl="reference")
+    case = Case((Segment([0], 2, 0, 0, 1),), (1,), 2, 1)
+    out, _ = attend(case, Inputs(torch.ones(1, 1, 4), pages, pages), impl, window=2**40)
     torch.testing.assert_close(out, torch.ones(1, 1, 4))
+
+
+@every_impl
+def test_tensors_may_be_slices_of_others(impl: str) -> None:
+    """q of the matrix that holds k and v too, or with its heads first; keys and values of one pool."""
+    case = step(page_size=7, context=20, rows=[(row, 0) for row in range(20)])
+    inputs = case.inputs(F32)
+    expected = attend(case, inputs, impl)
+    fused = torch.full((20, 2 * case.group + 5, 16), math.nan)
+    fused[:, 3 : 3 + 2 * case.group] = inputs.q
+    pool = torch.stack((inputs.k_pages, inputs.v_pages), dim=1)
+    sliced = inputs._replace(k_pages=pool[:, 0], v_pages=pool[:, 1])
+    for q in (fused[:, 3 : 3 + 2 * case.group], inputs.q.transpose(0, 1).contiguous().transpose(0, 1)):
+        assert all(map(torch.equal, attend(case, sliced._replace(q=q), impl), expected))
+    strided = torch.stack((inputs.q, inputs.q), dim=-1)[..., 0]
+    assert all(map(torch.equal, attend(case, inputs._replace(q=strided), impl), expected))
+
+
+@every_impl
+def test_pages_may_lie_beyond_what_32_bits_count(impl: str) -> None:
+    """The first and the last of three pages, 2^31 entries apart, each stride within 32 bits."""
+    device = device_of(impl)
+    case = Case((Segment([2, 0], 7, 0, 0, 2),), (5, 6), 4, 3, dim=16)
+    inputs = case.inputs(F16)
+    far = untouched(2**31 + 64, F16, device).as_strided((3, 4, 1, 16), (2**30, 16, 16, 1))
+    far.copy_(inputs.k_pages)
+    near = attend(case, inputs._replace(v_pages=inputs.k_pages), impl)
+    assert all(map(torch.equal, attend(case, inputs._replace(k_pages=far, v_pages=far), impl), near))
+
+
+# --- kernels: longer steps, and bits -----------------------------------------------------------------------------------------------
+
+SMALL_RANGES = {"RANGE": 64, "TILES_IN_PLACE": 1, "PARTIALS_AT_MOST": 12}
+
+
+@contextmanager
+def constants(values: dict[str, int]) -> Iterator[None]:
+    """Of the schedule. ALIGN stays: it is a multiple of every kernel's tile."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in values.items():
+            patch.setattr(schedule, name, value)
+        yield
+
+
+def step(page_size: int, context: int, rows: list[tuple[int, int]], group: int = 2) -> Case:
+    """Rows `(position, own)` that all see 20 keys in front and a context, and behind it each its `own` keys; always the same pool."""
+    num_pages = -(-context // page_size) + 80
+    free = iter(Random(context).sample(range(num_pages), num_pages))  # neighbours in a segment are strangers in the pool
+
+    def fresh(length: int) -> list[int]:
+        return [next(free) for _ in range(-(-length // page_size))]
+
+    segments = [Segment(fresh(20), 20, -20, 0, len(rows)), Segment(fresh(context), context, 0, 0, len(rows))]
+    segments += [Segment(fresh(own), own, context, row, row + 1) for row, (_, own) in enumerate(rows) if own > 0]
+    return Case(tuple(segments), tuple(position for position, _ in rows), page_size, num_pages, group, 2, 16)
+
+
+def prefill(context: int, rows: int) -> list[tuple[int, int]]:
+    return [(position, 0) for position in range(context - rows, context)]
+
+
+def decode(context: int, rows: int) -> list[tuple[int, int]]:
+    return [(context + own - 1, own) for own in (1 + 13 * row % 70 for row in range(rows))]
+
+
+class Longer(NamedTuple):
+    """A context whose keys are several ranges, and how it is computed."""
+
+    dtype: torch.dtype
+    pages_dtype: torch.dtype | None
+    page_size: int
+    context: int
+    prefilled: int  # rows; enough of them to merge in place
+    group: int
+    keywords: dict[str, Any]
+
+
+LONGER = (
+    Longer(F16, None, 64, 2100, 130, 2, {}),
+    Longer(F16, None, 50, 600, 300, 2, {"window": 100}),
+    Longer(F16, FP8, 64, 300, 90, 3, {"softcap": 2.0}),
+    Longer(F32, None, 64, 520, 12, 4, {"window": 300}),
+    Longer(F32, FP8, 50, 257, 20, 2, {}),
+)
+
+
+@needs_triton
+@pytest.mark.parametrize("longer", LONGER, ids=str)
+def test_longer_steps_are_within_the_budget(longer: Longer) -> None:
+    rows = prefill(longer.context, longer.prefilled) + decode(longer.context, 12)
+    case = step(longer.page_size, longer.context, rows, longer.group)
+    check(case, case.inputs(longer.dtype, longer.pages_dtype), "triton", longer.keywords)

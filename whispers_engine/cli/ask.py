@@ -40,6 +40,12 @@ def ask(
     seed: Annotated[int | None, typer.Option("--seed", help="The same seed, the same answer.")] = None,
     stop: Annotated[list[str] | None, typer.Option("--stop", help="End an answer before this text.")] = None,
     max_tokens: Annotated[int, typer.Option("--max-tokens", help="An answer's length at most.")] = 64,
+    answer_pattern: Annotated[
+        str | None, typer.Option("--answer-pattern", help="A regular expression with one group: what is voted on.")
+    ] = None,
+    early_end: Annotated[
+        bool, typer.Option("--early-end/--no-early-end", help="End a vote when it is decided.")
+    ] = True,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     impl: ImplOption = "auto",
@@ -51,7 +57,7 @@ def ask(
 
     sampling = SamplingParams(temperature, top_p, sample_top_k, seed, stop or (), max_tokens)
     names = None if experts is None else [name.strip() for name in experts.split(",") if name.strip()]
-    request = Request(question, option, names, top_k, aggregate, _pairs(profile), sampling)
+    request = Request(question, option, names, top_k, aggregate, _pairs(profile), sampling, early_end, answer_pattern)
     engine = load_engine(model, committee, device=device, dtype=dtype, impl=impl)
     answer = _run(engine, request)
     if json:
@@ -81,6 +87,8 @@ def _run(engine: Engine, request: Request) -> Answer:
         request.aggregate,
         request.profile,
         request.sampling,
+        request.early_end,
+        request.answer_pattern,
     )
     tokens = 0
     with err.status("reading the question") as status:

@@ -19,6 +19,8 @@ from whispers_engine.errors import WhispersError
 from .common import DeviceOption, DtypeOption, ImplOption, JsonOption, ModelOption, err, load_engine, out, print_json
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from whispers_engine.engine import Engine
     from whispers_engine.records import Record, RecordFile
 
@@ -145,7 +147,7 @@ def _line(
     }
 
 
-def _numbers(tensor: Any) -> Any:
+def _numbers(tensor: Tensor) -> Any:
     """A float32 tensor as nested lists, every number as short as reads back to the same float32."""
     if tensor.dim() > 1:
         return [_numbers(row) for row in tensor]
@@ -180,18 +182,21 @@ class Lines:
         self._keep = data.rfind(b"\n") + 1
         first, *rest = data[: self._keep].splitlines() or [data]
         self._check_header(first)
-        for index, line in enumerate(rest):
-            try:
-                value = json_module.loads(line)
-                if value["index"] != index or index >= most:
-                    raise ValueError(index)
-                summary.add(value)
-            except (ValueError, TypeError, KeyError, IndexError) as error:
-                raise WhispersError(
-                    f"{self._path}:{index + 2}: is not the line of record {index}; accepted: the lines that `whispers score` wrote, "
-                    "or another --output"
-                ) from error
+        for index, line in enumerate(rest[: most + 1]):
+            self._add(line, index, most, summary)
         return len(rest)
+
+    def _add(self, line: bytes, index: int, most: int, summary: Summary) -> None:
+        try:
+            value = json_module.loads(line)
+            if value["index"] != index or index >= most:
+                raise ValueError(index)
+            summary.add(value)
+        except (ValueError, TypeError, KeyError, IndexError) as error:
+            raise WhispersError(
+                f"{self._path}:{index + 2}: is not the line of record {index}; accepted: the lines that `whispers score` wrote, or "
+                "another --output"
+            ) from error
 
     def _check_header(self, line: bytes) -> None:
         try:
@@ -257,28 +262,27 @@ class Summary:
         """Raises KeyError, TypeError, ValueError or IndexError for what is no line."""
         from whispers_engine.aggregate import Ballot, tally
 
-        rows = list(zip(line["experts"], line["weights"], line["logprobs"], line["probabilities"], strict=True))
         pooled = line["pooled"]
-        choices = [max(range(len(pooled)), key=logprobs.__getitem__) for _, _, logprobs, _ in rows]
-        ballots = [Ballot(row[0], row[1], choice, row[2][choice]) for row, choice in zip(rows, choices, strict=True)]
-        outcome = tally(ballots, math.fsum(line["weights"]))
-        found = {
-            "agreement": outcome.agreement,
-            "diversity_entropy": outcome.diversity_entropy,
-            "entropy": _entropy(pooled),
-        }
-        winner = ballots[outcome.winner].choice
-        for (name, _, _, probabilities), choice in zip(rows, choices, strict=True):
-            mine = self._experts.setdefault(name, {"entropy": 0.0, "with_vote": 0.0})
+        first = max(range(len(pooled)), key=pooled.__getitem__)
+        ballots = []
+        for name, weight, logprobs, probabilities in zip(
+            line["experts"], line["weights"], line["logprobs"], line["probabilities"], strict=True
+        ):
+            choice = max(range(len(pooled)), key=logprobs.__getitem__)
+            ballots.append(Ballot(name, weight, choice, logprobs[choice]))
+            mine = self._experts.setdefault(name, {"entropy": 0.0, "with_pool": 0.0})
             mine["entropy"] += _entropy(probabilities)
-            mine["with_vote"] += choice == winner
-        for key, value in found.items():
-            self._sums[key] += value
+            mine["with_pool"] += choice == first
+        outcome = tally(ballots, math.fsum(line["weights"]))
+        self._sums["agreement"] += outcome.agreement
+        self._sums["diversity_entropy"] += outcome.diversity_entropy
+        self._sums["entropy"] += _entropy(pooled)
         self._options += len(pooled)
         self.records += 1
 
     def to_dict(self) -> dict[str, Any]:
-        """Means over the records: entropies in bits; `with_vote` is how often an expert chose what the vote did."""
+        """Means over the records, entropies in bits: `entropy` of the option probabilities, `diversity_entropy` and `agreement` of the
+        experts' choices as an Answer's, `with_pool` how often an expert's first option was the pool's."""
 
         def mean(sums: Mapping[str, float]) -> dict[str, float]:
             return {key: value / self.records for key, value in sums.items()}
@@ -304,16 +308,16 @@ class _Speed(ProgressColumn):
 def _show(found: Mapping[str, Any]) -> None:
     table = Table(title=f"{found['records']} records, {found['options']} options", title_justify="left")
     table.add_column("expert", no_wrap=True)
-    for column in ("mean entropy", "with the vote"):
+    for column in ("entropy", "first option as pooled"):
         table.add_column(column, justify="right")
     for expert in found["experts"]:
-        table.add_row(expert["name"], f"{expert['entropy']:.2f} bits", f"{expert['with_vote']:.2f}")
+        table.add_row(expert["name"], f"{expert['entropy']:.2f} bits", f"{expert['with_pool']:.2f}")
     if len(found["experts"]) > 1:
         table.add_section()
         table.add_row("pooled", f"{found['entropy']:.2f} bits", "")
     out.print(table)
     out.print(
-        f"agreement {found['agreement']:.2f}, entropy of the votes {found['diversity_entropy']:.2f} bits, means over records",
+        f"agreement {found['agreement']:.2f}, entropy of the votes {found['diversity_entropy']:.2f} bits, means over the records",
         style="dim",
         soft_wrap=True,
     )
