@@ -1,7 +1,7 @@
 """Decode steps: the same branches again, one row each. Their plan stays on the device and moves on by itself.
 
-While no branch comes, goes or runs out of pages, a step needs of the host one copy of token ids and, on a GPU, one launch: the whole
-forward is a captured CUDA graph. Graphs are kept by their numbers of rows and work items, rounded up; what is over is empty.
+While no branch comes, goes or runs out of pages, a step needs of the host one copy of ids and slots and, on a GPU, one launch: the
+whole forward is a captured CUDA graph. Graphs are kept by their numbers of rows and work items, rounded up; what is over is empty.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class _Step:
 
     plan: FixedPlan
     batch: Batch
-    alive: Tensor  # int64 [R] 1 for rows there are
+    inputs: Tensor  # int64 [2, R] the batch's ids and slots
     graph: torch.cuda.CUDAGraph | None = None
     hidden: Tensor | None = None  # [R, hidden] the graph's output
 
@@ -50,9 +50,12 @@ class Decoder:
         self._pool = pool
         self._capture = capture
         self._steps: dict[tuple[int, int], _Step] = {}
-        self._memory = torch.cuda.graph_pool_handle() if capture else None  # one for all graphs: they never run at once
+        # One pool and one stream for all graphs: they never run at once, and memory is shared only among captures on one stream.
+        self._memory = torch.cuda.graph_pool_handle() if capture else None
+        self._side = torch.cuda.Stream(model.device) if capture else None
         self._current: _Step | None = None
-        self._spans: dict[Span, tuple[int, int]] = {}  # those of the current plan: row, positions computed
+        # Those of the current plan: row, positions computed, positions that the plan has pages for.
+        self._spans: dict[Span, tuple[int, int, int]] = {}
 
     @torch.inference_mode()
     def run(self, work: list[Work]) -> tuple[Tensor, dict[Span, int]] | None:
@@ -65,10 +68,13 @@ class Decoder:
             if self._current is None:
                 return None
         step = self._current
-        ids = [0] * step.batch.ids.shape[0]
-        for span, (row, _) in self._spans.items():
+        page_size, rows = self._pool.page_size, step.plan.num_rows
+        ids, slots = [0] * rows, [-1] * rows  # rows that are not there store nothing
+        for span, (row, _, _) in self._spans.items():
             ids[row] = span.ids[span.computed]
-        step.batch.ids.copy_(torch.tensor(ids), non_blocking=True)
+            # A branch's pages lie anywhere: its next slot need not be the one after its last.
+            slots[row] = span.pages[span.computed // page_size] * page_size + span.computed % page_size
+        step.inputs.copy_(torch.tensor([ids, slots]), non_blocking=True)
         if self._capture:
             if step.graph is None:
                 self._record(step)
@@ -77,16 +83,13 @@ class Decoder:
             hidden = step.hidden.clone()  # the next replay writes there again
         else:
             hidden = self._forward(step)
-        self._spans = {span: (row, computed + 1) for span, (row, computed) in self._spans.items()}
-        return hidden, {span: row for span, (row, _) in self._spans.items()}
+        self._spans = {span: (row, computed + 1, end) for span, (row, computed, end) in self._spans.items()}
+        return hidden, {span: row for span, (row, _, _) in self._spans.items()}
 
     def _moves_on(self, spans: list[Span]) -> bool:
-        """Whether these are the current plan's spans, each one token further and with room for it."""
+        """Whether these are the current plan's spans, each one token further and with room for it in pages that the plan names."""
         return len(spans) == len(self._spans) and all(
-            span in self._spans
-            and self._spans[span][1] == span.computed
-            and span.computed < len(span.pages) * self._pool.page_size
-            for span in spans
+            span in self._spans and self._spans[span][1] == span.computed < self._spans[span][2] for span in spans
         )
 
     def _load(self, work: list[Work]) -> _Step | None:
@@ -120,10 +123,9 @@ class Decoder:
             step = self._steps[rows, items] = self._new_step(rows, items, tile)
         if not step.plan.load(plan, schedule, grows):
             return None
-        missing = rows - len(layout.slots)
-        step.batch.slots.copy_(torch.tensor(layout.slots + [-1] * missing), non_blocking=True)
-        step.alive.copy_(torch.tensor([1] * len(layout.slots) + [0] * missing), non_blocking=True)
-        self._spans = {span: (row, span.computed) for span, row in layout.first_row.items()}
+        self._spans = {
+            span: (row, span.computed, len(span.pages) * page_size) for span, row in layout.first_row.items()
+        }
         return step
 
     def _new_step(self, rows: int, items: int, tile: int | None) -> _Step:
@@ -131,23 +133,23 @@ class Decoder:
         parts = rows * _PARTS_A_ROW
         pages = 64 * rows + self._pool.pages_for(self._model.config.max_position)
         plan = FixedPlan(rows, 6 * rows + 16, pages, items, items + parts, parts, parts, tile, device)
-        ids, slots, alive = (torch.zeros(rows, dtype=torch.int64, device=device) for _ in range(3))
-        return _Step(plan, Batch(ids, None, slots, plan), alive)
+        inputs = torch.zeros(2, rows, dtype=torch.int64, device=device)
+        return _Step(plan, Batch(inputs[0], None, inputs[1], plan), inputs)
 
     def _forward(self, step: _Step) -> Tensor:
         hidden = self._model.forward(step.batch, self._pool)
         step.plan.advance()
-        step.batch.slots.add_(step.alive)
         return hidden
 
     def _record(self, step: _Step) -> None:
         # Before a capture kernels are compiled and libraries initialised. Nothing moves on yet: a repeated step writes what it wrote.
-        side = torch.cuda.Stream(self._model.device)
+        side = self._side
+        assert side is not None
         side.wait_stream(torch.cuda.current_stream(self._model.device))
         with torch.cuda.stream(side):
             for _ in range(_WARM_UPS):
                 self._model.forward(step.batch, self._pool)
         torch.cuda.current_stream(self._model.device).wait_stream(side)
         step.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(step.graph, pool=self._memory):
+        with torch.cuda.graph(step.graph, pool=self._memory, stream=side):  # by default, one of the first device's
             step.hidden = self._forward(step)

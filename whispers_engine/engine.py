@@ -99,7 +99,7 @@ class Engine:
                 raise WhispersError(f"{name}: {size!r}; accepted: an integer, at least {least}")
 
         loaded = None if committee is None else Committee.load(committee)
-        folder = _resolve(model)
+        folder = base_folder(model)
         self.model_name = str(Path(model).resolve() if Path(model).is_dir() else model)
         config = ModelConfig.load(folder)
         checkpoint = Checkpoint(folder)
@@ -310,7 +310,7 @@ def device_of(name: str) -> torch.device:
     return device
 
 
-def _resolve(model: str | Path) -> Path:
+def base_folder(model: str | Path) -> Path:
     """The folder of a base: local, built in, or from the hub."""
     folder = Path(model)
     if folder.is_dir():

@@ -48,7 +48,7 @@ def nearest_tokens(virtual: Tensor, table: Tensor, k: int = 3) -> Nearest:
         ids = torch.cat([ids, here], dim=1)
         cosine, best = cosine.topk(min(k, cosine.shape[1]), dim=1)
         ids = ids.gather(1, best)
-    return Nearest(cosine, ids, total / len(table))
+    return Nearest(cosine.clamp(-1, 1), ids, total / len(table))
 
 
 def expert_similarity(experts: Sequence[Expert]) -> Tensor:

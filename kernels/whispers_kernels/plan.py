@@ -151,8 +151,11 @@ class FixedPlan(Plan):
         shapes: list[tuple[int, ...]] = [(rows,), (segments + 1,), (pages,), *[(segments,)] * 4, (rows,), (segments,)]
         shapes += [(2,), (items, 6), (parts, 3), (rows,), (rows + 1,), (merges,)]
         starts, size = _starts([math.prod(shape) for shape in shapes])
-        self._host = torch.zeros(size, dtype=torch.int32, pin_memory=torch.device(device).type == "cuda")
+        cuda = torch.device(device).type == "cuda"
+        self._host = torch.zeros(size, dtype=torch.int32, pin_memory=cuda)
         self._device = self._host.to(device)
+        # The device reads pinned memory some time after `load`, which must not overwrite what is not read yet.
+        self._copied = torch.cuda.Event() if cuda else None
         self._columns = [
             self._host.numpy()[start : start + math.prod(shape)] for start, shape in zip(starts, shapes, strict=True)
         ]
@@ -188,11 +191,15 @@ class FixedPlan(Plan):
                 return False
         if any(column.size > mine.size for column, mine in zip(columns, self._columns, strict=False)):
             return False
+        if self._copied is not None:
+            self._copied.synchronize()
         for column, mine in zip(columns, self._columns, strict=False):
             mine[: column.size] = column.ravel()
             mine[column.size :] = 0
         self._columns[1][len(length) + 1 :] = plan.pages.numel()  # empty segments have no pages
         self._device.copy_(self._host, non_blocking=True)
+        if self._copied is not None:
+            self._copied.record(torch.cuda.current_stream(self._device.device))
         self.pages_needed, self.page_size_needed = plan.pages_needed, plan.page_size_needed
         return True
 

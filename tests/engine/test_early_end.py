@@ -137,7 +137,9 @@ def test_voted_part(text: str, pattern: str | None, part: str) -> None:
 
 @pytest.mark.parametrize("pattern", ["(", "no group", "(two) (groups)", 7])
 def test_patterns_that_are_refused(llama: Tiny, engine: Engine, pattern: object) -> None:
-    with pytest.raises(WhispersError, match=r"answer_pattern: .*accepted: None, or a regular expression with one group"):
+    with pytest.raises(
+        WhispersError, match=r"answer_pattern: .*accepted: None, or a regular expression with one group"
+    ):
         engine.ask("tea", answer_pattern=pattern)  # type: ignore[arg-type]
 
 

@@ -8,17 +8,19 @@ segments, rows that see nothing, segments in any order. `Case.inputs` fills a po
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import count
 from random import Random
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from whispers_kernels import Plan, Segment
+from whispers_kernels import Plan, Segment, schedule
 
 FP8 = torch.float8_e4m3fn
 PAGE_SIZES = (1, 2, 3, 4, 5, 7, 8, 13, 16)
@@ -110,6 +112,15 @@ class Case:
         heads = self.group * self.kv_heads
         q = torch.randn(len(self.positions), heads, self.dim, generator=generator, dtype=torch.float64)
         return Inputs(q.to(dtype).to(device), k_pages, v_pages, k_scale, v_scale)
+
+
+@contextmanager
+def schedule_constants(values: dict[str, int]) -> Iterator[None]:
+    """Other numbers in `schedule`, so that small plans come by several ranges of keys, and by rows that merge in place."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in values.items():
+            patch.setattr(schedule, name, value)
+        yield
 
 
 def options() -> st.SearchStrategy[dict[str, Any]]:

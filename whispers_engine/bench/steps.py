@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from whispers_engine.chat import ChatEncoder
+from whispers_engine.decode import Decoder
 from whispers_engine.experts import Expert
 from whispers_engine.intake import Intake
 from whispers_engine.kv_cache import PagePool
@@ -20,6 +21,7 @@ from whispers_engine.request import Event, Request, Token
 from whispers_engine.sampling import SamplingParams
 from whispers_engine.scheduler import Scheduler
 from whispers_engine.weights import Weights
+from whispers_kernels.ops import check_impl
 
 from .llama import LlamaShape, transformers_model
 
@@ -69,6 +71,8 @@ class Prompt:
 class Rig:
     """The engine's own scheduler over a model that is on no disk: one request at a time, its experts' steps timed.
 
+    Where the engine would capture its decode steps as CUDA graphs, so does the rig.
+
     Args:
         prompt: its soft prompts become the experts; all requests are about it.
         new_tokens: the most that a request generates.
@@ -77,6 +81,7 @@ class Rig:
 
     def __init__(self, shape: LlamaShape, weights: Weights, prompt: Prompt, new_tokens: int, impl: str = "auto"):
         config = shape.config()
+        impl = check_impl(impl, weights.embeddings.device)
         model = Model(config, weights, impl)
         cuda = model.device.type == "cuda"
         page_size, experts = 64 if cuda else 16, prompt.soft.shape[0]
@@ -85,7 +90,8 @@ class Rig:
         pool = PagePool(
             pages, page_size, config.num_layers, config.kv_heads, config.head_dim, model.dtype, model.device
         )
-        self._scheduler = Scheduler(model, pool, experts, 8192 if cuda else 512)
+        decoder = Decoder(model, pool, capture=True) if cuda and impl == "triton" else None
+        self._scheduler = Scheduler(model, pool, experts, 8192 if cuda else 512, decoder)
         panel = Panel(self._scheduler, _FINGERPRINT)
         self._names = [f"expert-{index}" for index in range(experts)]
         panel.add([Expert(name, soft) for name, soft in zip(self._names, prompt.soft, strict=True)])

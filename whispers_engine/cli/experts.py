@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
 from whispers_engine.errors import WhispersError
 
-from .common import CommitteeOption, JsonOption, ModelOption, load_engine, out, print_json
+from .common import CommitteeOption, JsonOption, ModelOption, load_engine, out, print_json, pull_with_progress
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from whispers_engine.experts import Committee, Expert
 
 app = typer.Typer(no_args_is_help=True, help="The experts of a committee.")
 
@@ -19,7 +25,7 @@ NameArgument = Annotated[str, typer.Argument(help="The expert's name.")]
 CultureOption = Annotated[str | None, typer.Option("--culture", help="Whom it speaks for, as the data names them.")]
 
 
-def _describe(expert: Any) -> dict[str, Any]:
+def _describe(expert: Expert) -> dict[str, Any]:
     return {
         "name": expert.name,
         "culture": expert.culture,
@@ -31,13 +37,13 @@ def _describe(expert: Any) -> dict[str, Any]:
     }
 
 
-def _find(committee: Path, name: str) -> Any:
-    from whispers_engine.experts import Committee
-
-    experts = {expert.name: expert for expert in Committee.load(committee).experts}
-    if name not in experts:
-        raise WhispersError(f"expert {name!r} is not in {committee}; accepted: {', '.join(experts) or 'none'}")
-    return experts[name]
+def _find(folder: Path, committee: Committee, names: Sequence[str]) -> list[Expert]:
+    """The experts of these names, each once; of no names, all."""
+    experts = {expert.name: expert for expert in committee.experts}
+    for name in names:
+        if name not in experts:
+            raise WhispersError(f"expert {name!r} is not in {folder}; accepted: {', '.join(experts) or 'none'}")
+    return [experts[name] for name in dict.fromkeys(names or experts)]
 
 
 @app.command("list")
@@ -59,20 +65,151 @@ def list_experts(committee: CommitteeOption, json: JsonOption = False) -> None:
 
 
 @app.command()
-def show(name: NameArgument, committee: CommitteeOption, json: JsonOption = False) -> None:
-    """Show one expert: what it is, what it was made from, the size of its values."""
-    expert = _find(committee, name)
-    norms = expert.embeddings.norm(dim=-1)
-    size = {"smallest": float(norms.min()), "mean": float(norms.mean()), "largest": float(norms.max())}
-    if json:
-        print_json({**_describe(expert), "shape": list(expert.embeddings.shape), "norms": size})
-        return
-    table = Table(title=name, title_justify="left", show_header=False)
-    record = ", ".join(f"{key}: {value}" for key, value in expert.record.items())
-    for key, value in {**_describe(expert), "record": record, "shape": list(expert.embeddings.shape)}.items():
-        table.add_row(key, "" if value is None else str(value))
-    table.add_row("norms", ", ".join(f"{key} {value:.3f}" for key, value in size.items()))
+def show(
+    committee: CommitteeOption,
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[NAME]...", help="The experts' names. Default: all.")
+    ] = None,
+    model: ModelOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Show experts: what they are, their norms, the base's tokens nearest to each virtual token; of several, how alike they are.
+
+    With --json, a single NAME prints that expert's object, anything else one object of the committee.
+    """
+    from whispers_engine.experts import Committee
+
+    found = Committee.load(committee)
+    experts = _find(committee, found, names or [])
+    report = _report(experts, *_tokens(committee, found, model))
+    if json and len(names or []) == 1:
+        print_json({**report["experts"][0], "base_norm": report["base"]["norm"]})
+    elif json:
+        print_json(report)
+    else:
+        _show(report)
+
+
+def _report(experts: list[Expert], base: dict[str, str], table: Tensor, tokenizer: Any) -> dict[str, Any]:
+    """Everything that `show` prints; the rest as `_tokens` gives it."""
+    import torch
+
+    from whispers_engine.similarity import expert_similarity, nearest_tokens
+
+    soft = [expert for expert in experts if expert.kind == "embeddings"]  # keys and values are like no token
+    rows = [expert.embeddings for expert in soft]  # of [m, hidden]
+    none = torch.empty(0, table.shape[1])  # kv experts alone: only the base's norm is wanted
+    found = nearest_tokens(torch.cat([none, *rows]), table)
+    sizes = [len(row) for row in rows]
+    nearest = {
+        expert.name: [
+            [
+                {"token": _readable(tokenizer, token), "id": token, "cosine": cosine}
+                for token, cosine in zip(*pair, strict=True)
+            ]
+            for pair in zip(ids.tolist(), cosines.tolist(), strict=True)
+        ]
+        for expert, ids, cosines in zip(soft, found.ids.split(sizes), found.cosine.split(sizes), strict=True)
+    }
+    described = [
+        {
+            **_describe(expert),
+            "shape": list(expert.embeddings.shape),
+            "norms": _norms(expert.embeddings),
+            "token_norms": expert.embeddings.norm(dim=-1).tolist() if expert in soft else None,
+            "nearest": nearest.get(expert.name),
+        }
+        for expert in experts
+    ]
+    matrix = expert_similarity(soft).tolist() if soft else []
+    return {
+        "base": {**base, "norm": found.base_norm},
+        "experts": described,
+        "similarity": {"names": [expert.name for expert in soft], "matrix": matrix},
+    }
+
+
+def _tokens(folder: Path, committee: Committee, model: str | None) -> tuple[dict[str, str], Tensor, Any]:
+    """Of the committee's base, or another copy of it: name and fingerprint, token embeddings [V, hidden], tokenizer; no other weights."""
+    from whispers_engine.chat import load_tokenizer
+    from whispers_engine.config import ModelConfig
+    from whispers_engine.engine import base_folder
+    from whispers_engine.pull import BUILT_IN
+    from whispers_engine.weights import Checkpoint
+
+    name = model or committee.base_name
+    if name in BUILT_IN:
+        pull_with_progress(name)
+    base = base_folder(name)
+    config, checkpoint = ModelConfig.load(base), Checkpoint(base)
+    fingerprint = checkpoint.fingerprint(config)
+    if fingerprint != committee.fingerprint:
+        raise WhispersError(
+            f"{folder}: made for the base {committee.base_name} ({committee.fingerprint}); {name} is {fingerprint}"
+        )
+    for expert in committee.experts:
+        expert.check_fits(config, fingerprint)
+    table = checkpoint.tensor("model.embed_tokens.weight", config.vocab_size, config.hidden_size)
+    return {"name": name, "fingerprint": fingerprint}, table, load_tokenizer(base)
+
+
+def _readable(tokenizer: Any, token: int) -> str:
+    """A token as text; one that is part of a character only, or no text at all, as the vocabulary has it."""
+    text = tokenizer.decode([token], clean_up_tokenization_spaces=False)
+    return text if text and "\ufffd" not in text else str(tokenizer.convert_ids_to_tokens(token))
+
+
+def _norms(vectors: Tensor) -> dict[str, float]:
+    """Of vectors [..., width]."""
+    norms = vectors.norm(dim=-1)
+    return {"smallest": float(norms.min()), "mean": float(norms.mean()), "largest": float(norms.max())}
+
+
+def _show(report: dict[str, Any]) -> None:
+    described = report["experts"]
+    for expert in described:
+        table = Table(title=expert["name"], title_justify="left", title_style="bold", show_header=False)
+        rows = {key: value for key, value in expert.items() if key not in ("token_norms", "nearest")}
+        rows["record"] = ", ".join(f"{key}: {value}" for key, value in expert["record"].items())
+        rows["norms"] = ", ".join(f"{key} {value:.3f}" for key, value in expert["norms"].items())
+        if expert["kind"] == "embeddings":
+            rows["norms"] += f"; the base's tokens {report['base']['norm']:.3f}"
+        for key, value in rows.items():
+            table.add_row(key, "" if value is None else str(value))
+        out.print(table)
+        if expert["nearest"] is not None:
+            _show_nearest(expert)
+    if len(report["similarity"]["names"]) > 1:
+        _show_similarity(**report["similarity"])
+
+
+def _show_nearest(expert: dict[str, Any]) -> None:
+    table = Table()
+    for column in ("#", "norm"):
+        table.add_column(column, justify="right")
+    for rank in ("nearest", "second", "third")[: len(expert["nearest"][0])]:
+        table.add_column(f"{rank} token")
+    for index, (norm, tokens) in enumerate(zip(expert["token_norms"], expert["nearest"], strict=True), 1):
+        # repr: white space is most of some tokens
+        cells = [f"{token['cosine']:.2f} {token['token']!r}" for token in tokens]
+        table.add_row(str(index), f"{norm:.3f}", *cells)
     out.print(table)
+
+
+def _show_similarity(names: list[str], matrix: list[list[float]]) -> None:
+    """As many columns at once as the terminal has room for: a number cut short is another number."""
+    labels = [f"{index} {name}" for index, name in enumerate(names, 1)]
+    fit = max(1, (out.width - max(map(len, labels)) - 4) // len(" -0.00 │"))
+    out.print("cosine of the experts' mean virtual tokens", style="bold")
+    for first in range(0, len(names), fit):
+        table = Table()
+        table.add_column("", no_wrap=True)
+        columns = range(first, min(first + fit, len(names)))
+        for column in columns:
+            table.add_column(str(column + 1), justify="right", no_wrap=True)
+        for label, row in zip(labels, matrix, strict=True):
+            table.add_row(label, *(f"{row[column]:.2f}" for column in columns))
+        out.print(table)
 
 
 @app.command()
@@ -125,7 +262,9 @@ def export(
     committee: CommitteeOption,
 ) -> None:
     """Export an expert as a PEFT adapter."""
-    expert = _find(committee, name)
+    from whispers_engine.experts import Committee
+
+    (expert,) = _find(committee, Committee.load(committee), [name])
     if folder.exists():
         raise WhispersError(f"{folder}: exists; accepted: a folder that does not")
     with warnings.catch_warnings(record=True) as caught:

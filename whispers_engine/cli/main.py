@@ -47,7 +47,7 @@ def pull(
 def run() -> None:
     """Runs the command line. Bad input ends with a message and status 1, never with a traceback."""
     try:
-        app()
+        app(prog_name="whispers")
     except WhispersError as error:
         message = str(error)
     except OSError as error:

@@ -321,4 +321,5 @@ def _show(found: Mapping[str, Any]) -> None:
         style="dim",
         soft_wrap=True,
     )
-    out.print(f"{found['output']}: {found['there_already']} records were there already", style="dim", soft_wrap=True)
+    there = f" ({found['there_already']} of them there already)" if found["there_already"] else ""
+    out.print(f"{found['output']}: {found['records']} records{there}", style="dim", soft_wrap=True)

@@ -311,6 +311,7 @@ def fold_in_place(
             tl.store(out + index[:, None] * D + d[None, :], result.to(out.dtype.element_ty), mask=inside)
             tl.store(lse + index, log_sum, mask=here)
         else:
+            tl.debug_barrier()  # several warps read the same numbers: all of them before one overwrites them
             tl.store(partial_ml + before * 2, all_top, mask=here)
             tl.store(partial_ml + before * 2 + 1, all_sum, mask=here)
             tl.store(partial + before[:, None] * D + d[None, :], all_acc, mask=inside)
