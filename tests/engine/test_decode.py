@@ -15,9 +15,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.engine.conftest import Tiny, soft_prompt, token_ids
+from tests.engine.conftest import Tiny, kv_prompt, soft_prompt, token_ids
 from tests.engine.test_sharing import check_all_back, committee
 from tests.kernels.impls import device_of
+from tests.kernels.plans import schedule_constants
 from whispers_engine import Done, Engine, Expert, Finished, Request, SamplingParams, Token
 from whispers_engine import decode as decode_module
 from whispers_engine import model as model_module
@@ -137,7 +138,7 @@ def test_answers_are_the_same(tiny: Tiny, sampling: SamplingParams) -> None:
     question = (token_ids(tiny, 21, 1), token_ids(tiny, 4, 2))
     want, got = (list(engine.stream(question, sampling=sampling, early_end=False)) for engine in (plain, fast))
     same(got, want)
-    assert len(decoder.steps) > 5 and decoder.others == 2  # the contexts, and what stands before the first tokens
+    assert len(decoder.steps) > 5 and decoder.others == 1  # contexts, and what stands before the first tokens
     assert decoder.loads == decoder.changes
     check_all_back(fast)
     assert {**fast.cache_stats(), "pages_kept": 0} == before
@@ -220,10 +221,8 @@ def test_requests_join_and_leave(llama: Tiny, page_size: int) -> None:
     assert sum(isinstance(event, Done) for event in got) == 5
     # Pages taken ahead are those that were reserved anyway; once a branch ends they are free the sooner.
     assert all(mine >= theirs for mine, theirs in zip(room[fast], room[plain], strict=True))
-    assert len(decoder.steps) > 30 and decoder.others >= 2 * 6 - 2
-    assert (
-        decoder.loads <= decoder.changes + decoder.others + 5
-    )  # the last: 45 positions cross a boundary in nobody's case
+    assert len(decoder.steps) > 30 and decoder.others == 6
+    assert decoder.loads <= decoder.changes + decoder.others
     check_all_back(fast)
 
 
@@ -246,7 +245,7 @@ def test_a_pool_of_exactly_the_pages_that_are_reserved(llama: Tiny) -> None:
 # --- long answers ------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("page_size", "context"), [(8, 10), (64, 10), (64, 200)])
+@pytest.mark.parametrize(("page_size", "context"), [(8, 10), (64, 200)])
 def test_one_plan_for_a_range_of_positions(llama: Tiny, page_size: int, context: int) -> None:
     """An answer over the boundary at 256, to the longest position that the base has: two plans in all."""
     plain, fast, decoder = pair(llama, [], page_size=page_size)
@@ -362,7 +361,7 @@ def test_an_error_on_the_way(llama: Tiny, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(fast.model, "forward", breaks)
     with pytest.raises(RuntimeError, match="out of luck"):
         fast.ask(question, sampling=sampling)
-    assert len(decoder.steps) == 4
+    assert len(decoder.steps) == 5
     check_all_back(fast)
     again = cast(Done, list(fast.stream(question, sampling=sampling))[-1])
     wanted = cast(Done, want[-1])
@@ -392,9 +391,14 @@ def test_the_rig_with_a_decoder() -> None:
 # --- the kernels -----------------------------------------------------------------------------------------------------------------------
 
 
-def with_triton(tiny: Tiny, experts: Sequence[Expert]) -> Engine:
-    """On a GPU where there is one; without, every step is interpreted."""
-    return make(tiny, experts, device=device_of("triton").type, impl="triton", page_size=64, enforce_eager=True)
+def with_triton(tiny: Tiny, experts: Sequence[Expert], page_size: int) -> Engine:
+    """On a GPU where there is one; without, every step is interpreted, and soft prompts in front take the reference."""
+    engine = make(tiny, [], device=device_of("triton").type, impl="triton", page_size=page_size, enforce_eager=True)
+    engine.model.impl = "reference"
+    for expert in experts:
+        engine.add_expert(expert)
+    engine.model.impl = "triton"
+    return engine
 
 
 def run(engine: Engine, request: Request) -> list[Event]:
@@ -412,19 +416,26 @@ def run(engine: Engine, request: Request) -> list[Event]:
 
 @needs_triton
 def test_kernels_give_the_references_answer_and_a_decoder_the_same_bits(llama: Tiny) -> None:
-    """Four placements in four rows, the headers so long that the branches begin a key range, and then a page, beside each other."""
-    experts = [e for e in committee(llama, 5) if e.name != "e3"]
-    question = (token_ids(llama, 130, 1), token_ids(llama, 122, 2))
-    request = Request(question, sampling=SamplingParams(max_tokens=6), early_end=False)
-    plain, fast = (with_triton(llama, experts) for _ in range(2))
-    want = make(llama, experts, page_size=64)
-    decoder = plant(fast)
-    endless(plain, fast, want)
-    expected, found, planned = (run(engine, request) for engine in (want, plain, fast))
+    """Placements and kinds in four rows, as many as a capacity has. Three branches go on into another range of keys, one to another page."""
+    experts = [
+        soft_prompt(llama, 17, 1, "suffix", "suffix"),
+        soft_prompt(llama, 3, 2, "detached", "detached"),
+        soft_prompt(llama, 4, 3, "prefix", "prefix"),
+        kv_prompt(llama, 2, 4, "kv", "detached"),
+    ]
+    question = (token_ids(llama, 20, 1), token_ids(llama, 29, 2))
+    request = Request(question, sampling=SamplingParams(max_tokens=7), early_end=False)
+    # Ranges of 32 positions: an interpreted step over the hundreds of keys that it takes otherwise lasts ten seconds.
+    with schedule_constants({"RANGE": 32, "ALIGN": 16}):
+        plain, fast = (with_triton(llama, experts, page_size=16) for _ in range(2))
+        want = make(llama, experts, page_size=16)
+        decoder = plant(fast)
+        endless(plain, fast, want)
+        expected, found, planned = (run(engine, request) for engine in (want, plain, fast))
     same(found, expected)
     same(planned, found, tolerance=0.0)
-    assert tokens(found) == 4 * 6 and len(decoder.steps) == 5
-    assert 2 <= decoder.loads < 5  # some branch crosses 256 in these steps, none begins there
+    assert tokens(found) == 4 * 7 and len(decoder.steps) == 6
+    assert decoder.loads == 2  # when the suffix branch is at 48 of its positions
     check_all_back(fast)
 
 
@@ -438,11 +449,9 @@ def test_a_rows_bits_are_its_own_in_any_company(llama: Tiny, monkeypatch: pytest
     """Alone a context is one segment; beside another one that begins with the same pages it is cut where a range of keys ends."""
     monkeypatch.setattr(model_module, "F", SimpleNamespace(linear=one_row_at_a_time))
     experts = [soft_prompt(llama, 2, 1, "suffix", "suffix"), soft_prompt(llama, 3, 2, "detached", "detached")]
-    engine = with_triton(llama, [])
-    engine.model.impl = "reference"  # interpreted, the pages to share alone would take minutes
-    for expert in experts:
-        engine.add_expert(expert)
+    engine = with_triton(llama, experts, page_size=64)
     shared, header, options = token_ids(llama, 320, 1), token_ids(llama, 2, 2), [[5], [6, 7]]
+    engine.model.impl = "reference"  # interpreted, the pages to share alone would take minutes
     engine.score(([*shared, 4], header), [[5]])
     engine.model.impl = "triton"
     seen: list[Mapping[str, list[int]]] = []
