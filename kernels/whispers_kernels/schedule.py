@@ -72,10 +72,12 @@ def last_boundary(position: int) -> int:
 
 
 def key_ranges(key_begin: int, length: int) -> list[tuple[int, int]]:
-    """Cuts a segment's keys at the range boundaries; offsets `[begin, end)` in the segment."""
+    """Cuts a segment's keys at the range boundaries; offsets `[begin, end)` in the segment.
+
+    A cut is there as soon as a key lies behind it: keys that come later, or that a captured step leaves room for, move none.
+    """
     cuts, position = [0], next_boundary(key_begin)
-    while position < key_begin + length:
-        cut = (position - key_begin) // ALIGN * ALIGN
+    while (cut := (position - key_begin) // ALIGN * ALIGN) < length:
         if cut > cuts[-1]:
             cuts.append(cut)
         position = next_boundary(position)

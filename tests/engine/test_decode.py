@@ -142,7 +142,6 @@ def test_answers_are_the_same(tiny: Tiny, sampling: SamplingParams) -> None:
     assert decoder.loads == decoder.changes
     check_all_back(fast)
     assert {**fast.cache_stats(), "pages_kept": 0} == before
-    assert written(fast) == written(plain)  # rows that are not there store nothing
 
 
 @pytest.mark.parametrize("aggregate", ["vote", "mixture", "product", "delegate", "compose"])
@@ -261,15 +260,15 @@ def test_one_plan_for_a_range_of_positions(llama: Tiny, page_size: int, context:
 
 def test_a_committees_long_answers(llama: Tiny) -> None:
     """Soft prompts of different lengths cross the boundary at different steps: a plan for each of them at most."""
-    experts = [e for e in committee(llama, 5) if e.name != "e3"]
-    plain, fast, decoder = pair(llama, experts)
+    plain, fast, decoder = pair(llama, committee(llama, 5))
     endless(plain, fast)
     question = (token_ids(llama, 230, 1), token_ids(llama, 4, 2))
     sampling = SamplingParams(temperature=0.8, seed=1, max_tokens=60)
     want, got = (list(engine.stream(question, sampling=sampling, early_end=False)) for engine in (plain, fast))
     same(got, want)
-    assert tokens(got) == 4 * 60 and len(decoder.steps) == 59
-    assert 2 <= decoder.loads <= 1 + len(experts)
+    assert tokens(got) == 5 * 60 and len(decoder.steps) == 59
+    assert 2 <= decoder.loads <= 1 + 5
+    assert written(fast) == written(plain)  # rows that are not there store nothing
     check_all_back(fast)
 
 
@@ -416,9 +415,9 @@ def run(engine: Engine, request: Request) -> list[Event]:
 
 @needs_triton
 def test_kernels_give_the_references_answer_and_a_decoder_the_same_bits(llama: Tiny) -> None:
-    """Placements and kinds in four rows, as many as a capacity has. Three branches go on into another range of keys, one to another page."""
+    """Placements and kinds in four rows, as many as a capacity has. Three branches go on to another range of keys, one to another page."""
     experts = [
-        soft_prompt(llama, 17, 1, "suffix", "suffix"),
+        soft_prompt(llama, 14, 1, "suffix", "suffix"),
         soft_prompt(llama, 3, 2, "detached", "detached"),
         soft_prompt(llama, 4, 3, "prefix", "prefix"),
         kv_prompt(llama, 2, 4, "kv", "detached"),
@@ -435,7 +434,7 @@ def test_kernels_give_the_references_answer_and_a_decoder_the_same_bits(llama: T
     same(found, expected)
     same(planned, found, tolerance=0.0)
     assert tokens(found) == 4 * 7 and len(decoder.steps) == 6
-    assert decoder.loads == 2  # when the suffix branch is at 48 of its positions
+    assert decoder.loads == 2  # the second for the suffix branch's position 48, which is in a page of another range
     check_all_back(fast)
 
 

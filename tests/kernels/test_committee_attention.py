@@ -55,9 +55,9 @@ def attend(
     q, k_pages, v_pages, k_scale, v_scale = (None if tensor is None else tensor.to(device) for tensor in inputs)
     assert q is not None and k_pages is not None and v_pages is not None
     plan = case.plan(device) if plan is None else plan
-    scales = {"k_scale": k_scale, "v_scale": v_scale}
+    keywords |= {"k_scale": k_scale, "v_scale": v_scale, "return_lse": True, "impl": impl}
     with new_memory_is_nan():
-        out, lse = committee_attention(q, k_pages, v_pages, plan, return_lse=True, impl=impl, **scales, **keywords)
+        out, lse = committee_attention(q, k_pages, v_pages, plan, **keywords)
     assert out.dtype == inputs.q.dtype and out.shape == inputs.q.shape
     assert lse.dtype == torch.float32 and lse.shape == inputs.q.shape[:2]
     return out.cpu(), lse.cpu()
@@ -124,6 +124,7 @@ def check(case: Case, inputs: Inputs, impl: str, keywords: dict[str, Any]) -> No
     error = (out.double() - exact).abs().max().item()
     assert error <= 2 * pytorch_error(case, inputs, exact, **keywords) + band
     torch.testing.assert_close(lse.double(), exact_lse, rtol=2e-6, atol=8 * EPS32 * (1 + score))
+    assert not out[exact_lse[:, 0] == -INF].any()  # rows that see nothing
 
 
 def test_float64_agrees_to_1e_10() -> None:
@@ -168,8 +169,9 @@ def test_fp8_scales_and_q_may_be_far_from_one(impl: str, dtype: torch.dtype) -> 
     case = step(page_size=5, context=90, rows=[*prefill(90, 7), (95, 6)], group=3)
     inputs = case.inputs(dtype, FP8)
     assert inputs.k_scale is not None and inputs.v_scale is not None
-    inputs.v_scale[:2] *= 2.0**-12  # not all alike
-    inputs.v_scale[2:4] = 0
+    _, context, *_ = case.segments
+    inputs.v_scale[context.pages[:6]] *= 2.0**-12  # not all alike
+    inputs.v_scale[context.pages[6:8]] = 0
     out, lse = attend(case, inputs, impl, scale=0.25)
     assert out.isfinite().all()
     for power in (2.0**-30, 2.0**25):
@@ -203,9 +205,9 @@ def test_a_row_does_not_depend_on_its_neighbours_but_for_rounding() -> None:
         keywords["scale"] = None  # scores near 1, so that 1e-6 is a few roundings
         inputs, rows = case.inputs(F32), draw_rows(case, data)
         out, _ = attend(case, inputs, **keywords)
-        for alone, found in zip(*alone_and_among_nan(case, inputs, rows, "reference", keywords), strict=True):
-            torch.testing.assert_close(alone, found, rtol=1e-6, atol=1e-6)
-        assert torch.equal(alone_and_among_nan(case, inputs, rows, "reference", keywords)[1][0], out[rows])
+        alone, found = alone_and_among_nan(case, inputs, rows, "reference", keywords)
+        torch.testing.assert_close(alone, found, rtol=1e-6, atol=1e-6)
+        assert torch.equal(found[0], out[rows])
 
 
 def draw_rows(case: Case, data: st.DataObject) -> list[int]:
@@ -224,7 +226,7 @@ def alone_and_among_nan(
 
 # With q = 0 every key has the same share, so a result is the mean of the values seen and exp(lse) their number. Values: 1, 2, 3, ...
 CONTEXT, TWICE = Segment([0], 2, 0, 0, 2), Segment([1], 2, 2, 0, 1)
-BY_HAND: dict[str, tuple[list[Segment], list[int], dict[str, int], list[list[int]]]] = {
+BY_HAND: dict[str, tuple[list[Segment], list[int], dict[str, Any], list[list[int]]]] = {
     "two experts": (
         [CONTEXT, Segment([1], 2, 2, 0, 1), Segment([2], 1, 2, 1, 2)],
         [3, 2],
