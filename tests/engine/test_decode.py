@@ -424,8 +424,8 @@ def test_kernels_give_the_references_answer_and_a_decoder_the_same_bits(llama: T
     ]
     question = (token_ids(llama, 20, 1), token_ids(llama, 29, 2))
     request = Request(question, sampling=SamplingParams(max_tokens=7), early_end=False)
-    # Ranges of 32 positions: an interpreted step over the hundreds of keys that it takes otherwise lasts ten seconds.
-    with schedule_constants({"RANGE": 32, "ALIGN": 16}):
+    # Ranges as short as a tile of float32 keys may be: an interpreted step over the hundreds of keys of longer ones lasts ten seconds.
+    with schedule_constants({"RANGE": 32, "ALIGN": 32}):
         plain, fast = (with_triton(llama, experts, page_size=16) for _ in range(2))
         want = make(llama, experts, page_size=16)
         decoder = plant(fast)
