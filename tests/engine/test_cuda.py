@@ -14,7 +14,7 @@ from tests.engine.conftest import Tiny, soft_prompt, token_ids
 from tests.engine.test_decode import PAGE, Watched, endless, follow, requests, same, tokens
 from tests.engine.test_sharing import check_all_back, committee
 from whispers_engine import Engine, Expert, Request, SamplingParams
-from whispers_engine.decode import ROWS, Decoder
+from whispers_engine.decode import Decoder
 from whispers_engine.engine import _pool_pages
 from whispers_engine.request import Event
 
@@ -29,7 +29,8 @@ SAMPLINGS = [
 
 def make(tiny: Tiny, experts: Sequence[Expert], **settings: Any) -> Engine:
     """On the GPU, with a pool that leaves room for other engines."""
-    engine = Engine(tiny.folder, **{"device": DEVICE, "dtype": "float32", "kv_cache_tokens": 16384, **settings})
+    same_for_all = {"device": DEVICE, "dtype": "float32", "kv_cache_tokens": 16384, "max_num_batched_tokens": 2048}
+    engine = Engine(tiny.folder, **{**same_for_all, **settings})
     for expert in experts:
         engine.add_expert(expert)
     return engine
@@ -46,7 +47,7 @@ def captured(engine: Engine) -> int:
     return sum(step.graph is not None for step in decoder._steps.values())
 
 
-# --- the CPU's answers -------------------------------------------------------------------------------------------------------------------
+# --- the CPU's answers -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("page_size", [PAGE, 64])
@@ -86,8 +87,7 @@ def test_requests_join_and_leave(llama: Tiny) -> None:
         else:
             assert tokens(events) == tokens(expected)
         check_all_back(got)
-    # In the second round the contexts are known and other graphs would do, but no size is captured twice.
-    assert 0 < graphs <= captured(got) <= 2 * len(ROWS)
+    assert graphs == captured(got) > 0
 
 
 def test_a_stream_abandoned_on_its_way(llama: Tiny) -> None:
@@ -101,7 +101,7 @@ def test_a_stream_abandoned_on_its_way(llama: Tiny) -> None:
         check_all_back(engine)
 
 
-# --- graphs ------------------------------------------------------------------------------------------------------------------------------
+# --- graphs ------------------------------------------------------------------------------------------------------------------------
 
 
 def bits(engine: Engine, question: tuple[list[int], list[int]]) -> list[list[Event]]:
@@ -116,7 +116,7 @@ def bits(engine: Engine, question: tuple[list[int], list[int]]) -> list[list[Eve
     return found
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_graphs_and_eager_steps_agree_bit_for_bit(tiny: Tiny, dtype: str) -> None:
     """Four rows, as many as the graph has: a matrix library may sum in another order for another number of them."""
     experts = [expert for expert in committee(tiny, 5) if expert.name != "e3"]
@@ -190,7 +190,7 @@ def test_a_step_waits_once(llama: Tiny, sampling: SamplingParams, aggregate: str
     check_all_back(engine)
 
 
-# --- what is chosen where nothing is asked for -----------------------------------------------------------------------------------
+# --- what is chosen where nothing is asked for -------------------------------------------------------------------------------------
 
 
 def test_the_defaults_of_a_gpu(tiny: Tiny) -> None:
