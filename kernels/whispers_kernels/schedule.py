@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 # the keys before it. So one row of 32k keys makes 33 ranges of 2048 keys at most, which with 8 KV heads is work for 132 multiprocessors,
 # and the partial results stay small beside the keys: 33 * 4 D bytes a query head.
 RANGE = 256
-ALIGN = 64  # within a segment, ranges begin at multiples of this: no key tile belongs to two of them
+ALIGN = 64  # within a segment, ranges begin at multiples of this, a multiple of every kernel's key tile: no tile belongs to two ranges
 # Rows that share all their segments and fill this many tiles, or make more partial results than this, merge in place.
 TILES_IN_PLACE = 2
 PARTIALS_AT_MOST = 4096

@@ -165,7 +165,10 @@ def test_bfloat16_and_fp8_meet_in_float16() -> None:
 @every_impl
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_fp8_scales_and_q_may_be_far_from_one(impl: str, dtype: torch.dtype) -> None:
-    """A power of two in both, and its inverse in the scores' scale, change nothing; one in the values' scales is the result's."""
+    """A power of two in both, and its inverse in the scores' scale, change nothing; one in the values' scales is the result's.
+
+    And one in the scale of a row's last key is nothing to the rows before it.
+    """
     case = step(page_size=5, context=90, rows=[*prefill(90, 7), (95, 6)], group=3)
     inputs = case.inputs(dtype, FP8)
     assert inputs.k_scale is not None and inputs.v_scale is not None
@@ -178,6 +181,10 @@ def test_fp8_scales_and_q_may_be_far_from_one(impl: str, dtype: torch.dtype) -> 
         more = inputs._replace(q=inputs.q * power, k_scale=inputs.k_scale * power, v_scale=inputs.v_scale * power)
         scaled, scaled_lse = attend(case, more, impl, scale=0.25 / power**2)
         assert torch.equal(scaled, out * power) and torch.equal(scaled_lse, lse)
+    last = 90 - 1  # seen by the last row of the prefill, and by the branch
+    inputs.v_scale[context.pages[last // 5], last % 5] *= 2.0**30
+    after, _ = attend(case, inputs, impl, scale=0.25)
+    assert torch.equal(after[:6], out[:6]) and not bool((after[6:] == out[6:]).any())
 
 
 @pytest.mark.parametrize("pages_dtype", [FP8, BF16, F32])
@@ -315,12 +322,12 @@ def test_tensors_may_be_slices_of_others(impl: str) -> None:
 
 
 @every_impl
-def test_pages_may_lie_beyond_what_32_bits_count(impl: str) -> None:
+@pytest.mark.parametrize("page_size", [4, 64])
+def test_pages_may_lie_beyond_what_32_bits_count(page_size: int, impl: str) -> None:
     """The first and the last of three pages, 2^31 entries apart, each stride within 32 bits."""
-    device = device_of(impl)
-    case = Case((Segment([2, 0], 7, 0, 0, 2),), (5, 6), 4, 3, dim=16)
+    case = Case((Segment([2, 0], page_size + 3, 0, 0, 2),), (page_size + 1, page_size + 2), page_size, 3, dim=16)
     inputs = case.inputs(F16)
-    far = untouched(2**31 + 64, F16, device).as_strided((3, 4, 1, 16), (2**30, 16, 16, 1))
+    far = untouched(2**31 + 16 * page_size, F16, device_of(impl)).as_strided((3, page_size, 1, 16), (2**30, 16, 16, 1))
     far.copy_(inputs.k_pages)
     near = attend(case, inputs._replace(v_pages=inputs.k_pages), impl)
     assert all(map(torch.equal, attend(case, inputs._replace(k_pages=far, v_pages=far), impl), near))
@@ -504,8 +511,8 @@ def test_a_plan_that_moves_on_gives_the_bits_of_a_plan_made_anew() -> None:
     tile = ops.tile_rows("triton", F32, F32, 2, 16, rows, device)
     fixed = FixedPlan(rows, 20, 60, 40, 60, 100, 100, tile, device)
 
-    def steps(begin: int, owns: list[int], number: int) -> None:
-        """So many decode steps of branches behind a context, each by one key longer than the one before."""
+    def steps(begin: int, owns: list[int], number: int, known: int) -> None:
+        """So many decode steps of branches behind a context, each by one key longer than the one before; `known` rows are scheduled."""
         for taken in range(number):
             grown = [own + taken for own in owns]
             case = step(64, begin, [(begin + own - 1, 256) for own in grown])
@@ -519,15 +526,16 @@ def test_a_plan_that_moves_on_gives_the_bits_of_a_plan_made_anew() -> None:
                 plan = case.plan()
                 length = plan.columns.length.copy()
                 length[2:] = 256
-                position = np.resize(plan.columns.position, rows)
+                position = np.resize(plan.columns.position, known)
                 made = None if tile is None else lay_out(*plan.columns._replace(position=position, length=length), tile)
                 assert fixed.load(plan, made, range(2, len(segments)))
             q = torch.cat((inputs.q, inputs.q.new_full((rows - len(owns), *inputs.q.shape[1:]), 1.0)))
             out, lse = attend(case, inputs._replace(q=q), "triton", fixed)
             expected = attend(case, inputs, "triton")
             assert all(map(torch.equal, (out[: len(owns)], lse[: len(owns)]), expected)), taken
-            assert not out[len(owns) :].any() and bool((lse[len(owns) :] == -INF).all())
+            nothing = slice(len(owns), known)
+            assert not out[nothing].any() and bool((lse[nothing] == -INF).all())
             fixed.advance()
 
-    steps(300, [1, 63, 190, 200], 3)
-    steps(64, [1, 5], 2)
+    steps(300, [1, 63, 190, 200], 3, known=rows)
+    steps(64, [1, 5], 2, known=2)
