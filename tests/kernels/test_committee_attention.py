@@ -157,7 +157,7 @@ def test_fp8_pages_count_as_their_dequantised_values(impl: str, dtype: torch.dty
 def test_bfloat16_and_fp8_meet_in_float16() -> None:
     """Interpreted too, though results are cut to bfloat16 there, not rounded."""
 
-    @on_random(20, "triton", cases(), options())
+    @on_random(15, "triton", cases(), options())
     def within(case: Case, keywords: dict[str, Any]) -> None:
         check(case, case.inputs(BF16, FP8), "triton", keywords)
 
@@ -199,7 +199,7 @@ def test_pages_of_another_dtype_lose_nothing(pages_dtype: torch.dtype) -> None:
 @every_impl
 @pytest.mark.parametrize("dtype, pages_dtype", [(F32, F16), (F16, F32)])
 def test_q_and_pages_may_differ(impl: str, dtype: torch.dtype, pages_dtype: torch.dtype) -> None:
-    @on_random(20, impl, cases(), options())
+    @on_random(15, impl, cases(), options())
     def within(case: Case, keywords: dict[str, Any]) -> None:
         check(case, case.inputs(dtype, pages_dtype), impl, keywords)
 
@@ -399,7 +399,6 @@ LONGER = (
     Longer(F16, None, 50, 600, 300, 2, {"window": 100}),
     Longer(F16, FP8, 64, 300, 90, 3, {"softcap": 2.0}),
     Longer(F32, None, 64, 320, 12, 4, {"window": 270}),
-    Longer(F32, FP8, 50, 260, 16, 2, {}),
 )
 every_longer_step = pytest.mark.parametrize("longer", LONGER, ids=str)
 
@@ -435,7 +434,7 @@ def test_a_random_rows_bits_do_not_depend_on_its_neighbours() -> None:
 def test_random_steps_of_several_ranges() -> None:
     """Some of their rows merge in place, and others afterwards. ALIGN stays: it is a multiple of every kernel's tile."""
 
-    @on_random(20, "triton", cases((64, 70), (16,)), options(), st.data())
+    @on_random(15, "triton", cases((64, 70), (16,)), options(), st.data())
     def right(case: Case, keywords: dict[str, Any], data: st.DataObject) -> None:
         with schedule_constants({"RANGE": 64, "TILES_IN_PLACE": 1, "PARTIALS_AT_MOST": 12}):
             inputs = case.inputs(F16)
@@ -537,5 +536,5 @@ def test_a_plan_that_moves_on_gives_the_bits_of_a_plan_made_anew() -> None:
             assert not out[nothing].any() and bool((lse[nothing] == -INF).all())
             fixed.advance()
 
-    steps(300, [1, 63, 190, 200], 3, known=rows)
+    steps(300, [1, 63, 191, 200], 2, known=rows)
     steps(64, [1, 5], 2, known=2)
