@@ -12,6 +12,7 @@ Message: TypeAlias = Mapping[str, str]
 # A user turn; chat messages; token ids; or (context ids, header ids).
 Question: TypeAlias = str | Sequence[Message] | Sequence[int] | tuple[Sequence[int], Sequence[int]]
 _ACCEPTED = "a string, chat messages that end with a user turn, token ids, or (context ids, header ids)"
+_MARK = "\ue000"  # for private use: no template writes it
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -70,6 +71,40 @@ class ChatEncoder:
             context, header = context[:-1], context[-1:]
         return context, header
 
+    def own_tokens(self, question: Question, context: Sequence[int]) -> list[bool]:
+        """For each of a context's ids, whether it is part of a user's own words rather than of the template or the system's turn.
+
+        All of them where that cannot be told: token ids, a template that rewrites what it is given. Never none of them.
+        """
+        everything = [True] * len(context)
+        if isinstance(question, str):
+            messages: Sequence[Message] = [{"role": "user", "content": question}]
+        elif question and all(isinstance(part, Mapping) for part in question):
+            messages = question  # type: ignore[assignment]
+        else:
+            return everything
+        text = self._text(messages)
+        encoding = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
+        spans = self._user_spans(messages, text)
+        if encoding.ids[: len(context)] != list(context):
+            return everything
+        own = [any(begin < last and first < end for begin, end in spans) for first, last in encoding.offsets]
+        return own[: len(context)] if any(own[: len(context)]) else everything
+
+    def _user_spans(self, messages: Sequence[Message], text: str) -> list[tuple[int, int]]:
+        """Where in the rendered text the users' words stand, as character ranges: the template is rendered with a mark in their place."""
+        marked = [{**m, "content": _MARK} if m["role"] == "user" else m for m in messages]
+        frame = self._text(marked).split(_MARK)
+        users = [m["content"] for m in messages if m["role"] == "user"]
+        for contents in (users, [content.strip() for content in users]):  # many templates strip
+            spans, rendered = [], frame[0]
+            for content, after in zip(contents, frame[1:], strict=False):
+                spans.append((len(rendered), len(rendered) + len(content)))
+                rendered += content + after
+            if rendered == text:
+                return spans
+        return []
+
     def option(self, option: str | Sequence[int]) -> list[int]:
         """The ids of an option, tokenised alone. Raises WhispersError for one without tokens."""
         if isinstance(option, str):
@@ -114,17 +149,22 @@ class ChatEncoder:
         return with_header[:common], with_header[common:]
 
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> list[int]:
+        encoded = self._template(messages, add_generation_prompt, tokenize=True, return_dict=True)
+        return self.ids("messages", list(encoded["input_ids"]))
+
+    def _text(self, messages: Sequence[Message]) -> str:
+        return str(self._template(messages, True, tokenize=False))
+
+    def _template(self, messages: Sequence[Message], add_generation_prompt: bool, **how: bool) -> Any:
         try:
-            encoded = self.tokenizer.apply_chat_template(
+            return self.tokenizer.apply_chat_template(
                 [dict(message) for message in messages],
                 add_generation_prompt=add_generation_prompt,
-                tokenize=True,
-                return_dict=True,
+                **how,
                 **self._template_kwargs,
             )
         except Exception as error:  # templates raise what they like, jinja2's errors among them
             raise WhispersError(f"messages: the base's chat template refuses them: {error}") from error
-        return self.ids("messages", list(encoded["input_ids"]))
 
 
 class TextStream:

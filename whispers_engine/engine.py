@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from whispers_kernels.ops import check_impl
 
@@ -23,8 +25,10 @@ from .model import Model
 from .panel import Panel
 from .pull import BUILT_IN, pull
 from .request import Answer, Done, Event, Failed, Request, Scored, ScoreResult
+from .router import Router
 from .sampling import SamplingParams
-from .scheduler import Scheduler, Task
+from .scheduler import Scheduler
+from .task import Task
 from .weights import Checkpoint, load_weights
 
 
@@ -124,6 +128,7 @@ class Engine:
         self._submitted: dict[int, Task] = {}
         if loaded is not None:
             self._panel.add(loaded.experts)
+            self.router = loaded.router
 
     # --- experts ---------------------------------------------------------------------------------------------------------------
 
@@ -147,6 +152,48 @@ class Engine:
     def expert(self, name: str) -> Expert:
         """The expert of that name. Raises WhispersError for an unknown one."""
         return self._panel[name].expert
+
+    @property
+    def router(self) -> Router | None:
+        """Chooses the experts of requests that name none; the committee's own, where its folder has one."""
+        return self._intake.router
+
+    @router.setter
+    def router(self, router: Router | None) -> None:
+        """Raises WhispersError for a router that reads another base's hidden states."""
+        config = self.model.config
+        if router is not None and (router.layer > config.num_layers or router.mean.shape[0] != config.hidden_size):
+            raise WhispersError(
+                f"router: reads layer {router.layer} of width {router.mean.shape[0]}; accepted: up to layer "
+                f"{config.num_layers}, width {config.hidden_size}"
+            )
+        self._intake.router = router
+
+    def read(self, questions: Sequence[Question], layer: int) -> Tensor:
+        """What a router reads: the mean hidden state at a layer over the users' own words, float32 `[questions, hidden]` on the CPU.
+
+        Args:
+            questions: each as a `Request`'s; at least one.
+            layer: 0: the embeddings; the number of layers: the final, normalised states; as transformers' `hidden_states`.
+
+        Raises:
+            WhispersError: a layer or question that is refused, before any work.
+        """
+        if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer <= self.model.config.num_layers:
+            raise WhispersError(f"layer: {layer!r}; accepted: 0 to {self.model.config.num_layers}")
+        found: dict[int, Tensor] = {}
+        tasks = [
+            self._intake.read(question, layer, partial(found.__setitem__, at)) for at, question in enumerate(questions)
+        ]
+        for task in tasks:
+            self._scheduler.add(task)
+        try:
+            while len(found) < len(tasks):
+                self._scheduler.step()
+        finally:
+            for task in tasks:
+                self._scheduler.abort(task)
+        return torch.stack([found[at] for at in range(len(tasks))])
 
     # --- requests --------------------------------------------------------------------------------------------------------------
 

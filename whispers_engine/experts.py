@@ -17,6 +17,7 @@ from torch import Tensor
 from .config import ModelConfig, read_json
 from .errors import WhispersError
 from .files import new_folder, write_json
+from .router import Router, load_router
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -265,6 +266,7 @@ class Committee:
     base_name: str
     fingerprint: str
     experts: tuple[Expert, ...]
+    router: Router | None = None
 
     @classmethod
     def load(cls, folder: str | Path) -> Committee:
@@ -296,7 +298,7 @@ class Committee:
             if expert.name != name:
                 raise WhispersError(f"{inside}: its expert.json names {expert.name!r}")
             experts.append(expert)
-        return cls(base["name"], base["fingerprint"], tuple(experts))
+        return cls(base["name"], base["fingerprint"], tuple(experts), load_router(folder))
 
     @staticmethod
     def add(folder: str | Path, expert: Expert, base_name: str, fingerprint: str) -> None:

@@ -8,19 +8,25 @@ import secrets
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 
+from torch import Tensor
+
 from . import results
 from .aggregate import POOLED, answer_pattern, check_aggregation
 from .batch import Span
-from .chat import ChatEncoder, TextStream
+from .chat import ChatEncoder, Question, TextStream
 from .compose import Relay, check_composable, composition
 from .errors import WhispersError
 from .kv_cache import page_hashes, root_hash
 from .panel import Member, Panel
+from .reading import Reading
 from .request import Done, Event, Failed, Request
+from .router import Router, profile_text
 from .sampling import SamplingParams
-from .scheduler import Branch, Context, Scheduler, Task
+from .scheduler import Scheduler
+from .task import Branch, Context, Route, Task
 
 BASE = "base"  # the name of the branch that has no soft prompt
+_PROFILES_KEPT = 4096  # features of profiles, the oldest make way: 9 MB at a width of 576
 
 
 class Intake:
@@ -31,6 +37,9 @@ class Intake:
         panel: the experts.
         chat: splits questions.
         fingerprint: of the base; part of every page's hash.
+
+    Attributes:
+        router: chooses the experts of requests that name none; None: all are asked.
     """
 
     def __init__(self, scheduler: Scheduler, panel: Panel, chat: ChatEncoder, fingerprint: str):
@@ -41,6 +50,8 @@ class Intake:
         self._chat = chat
         self._fingerprint = fingerprint
         self._ids = itertools.count()
+        self._profiles: dict[str, Tensor] = {}  # their features, by text
+        self.router: Router | None = None
 
     def task(self, request: Request, sink: Callable[[Event], None], score: bool = False) -> Task:
         """Checks a request and lays out its spans; nothing is computed. Raises WhispersError."""
@@ -52,53 +63,55 @@ class Intake:
             raise WhispersError(f"early_end: {request.early_end!r}; accepted: True or False")
         if isinstance(request.top_k, bool) or not isinstance(request.top_k, int) or request.top_k < 1:
             raise WhispersError(f"top_k: {request.top_k!r}; accepted: an integer, at least 1")
-        if request.profile:
-            raise WhispersError(
-                "profile: this committee has no router that could read it; accepted: None, with experts named"
-            )
-        routing = self._routing(request.experts)
+        named = self._named(request.experts)
+        if named is None:
+            candidates = self._candidates(score)
+        else:
+            candidates = [max(named, key=_weight)] if request.aggregate == "delegate" and not score else named
+        profile = self._profile(request.profile, routed=named is None)
         context_ids, header = self._chat.split(request.question)
         options = self._options(request.options, required=score)
         if request.aggregate == "compose" and not score:
             check_composable(request)
-        asked = routing
-        if request.aggregate == "delegate" and not score:
-            asked = [max(routing, key=lambda item: item[1])]  # the first of the heaviest
 
-        members = [(name, weight, self._panel[name] if name != BASE else None) for name, weight in asked]
+        members = [(name, weight, self._panel[name] if name != BASE else None) for name, weight in candidates]
         question_tokens = len(context_ids) + len(header)
         longest = question_tokens + max(_prompt_tokens(member) for _, _, member in members)
-        room = self._max_position - longest
         answer = 1 if options is None else max(map(len, options))
-        if room < answer:
+        if self._max_position - longest < answer:
             raise WhispersError(
                 f"question: {longest} tokens with soft prompt and header, {answer} more for an answer; accepted: "
                 f"{self._max_position} in all, this base's max_position_embeddings"
             )
-        if len(members) > self._scheduler.max_num_seqs:
-            raise WhispersError(
-                f"experts: {len(members)} at once; accepted: max_num_seqs={self._scheduler.max_num_seqs}"
-            )
+        seats = None  # of a router that chooses who is asked: branches that will run, at most
+        if named is None and not score:
+            seats = 1 if request.aggregate == "delegate" else min(request.top_k, len(self._known))
+        running = len(members) if seats is None else seats
+        if running > self._scheduler.max_num_seqs:
+            raise WhispersError(f"experts: {running} at once; accepted: max_num_seqs={self._scheduler.max_num_seqs}")
 
         contexts: dict[str, Context] = {}  # by the expert that the context sees, "" for none
+        if named is None:
+            self._context(context_ids, None, contexts)  # which the router reads
         branches = []
         for name, weight, member in members:
             context = self._context(context_ids, member, contexts)
             span = self._branch_span(context.span, header, member)
             text = TextStream(self._chat.tokenizer, request.sampling.stop)
-            # A pool ends as one, where its longest branch must; a branch on its own has the room that it would have alone.
-            mine = room if request.aggregate in POOLED else room + longest - question_tokens - _prompt_tokens(member)
-            branch = Branch(name, weight, span, text, _noise(name), min(request.sampling.max_tokens, mine))
+            room = self._max_position - question_tokens - _prompt_tokens(member)
+            branch = Branch(name, weight, context, span, text, _noise(name), min(request.sampling.max_tokens, room))
             if options is not None:
                 branch.options = [Span("branch", span.end, ids[:-1], parent=span) for ids in options]
                 branch.option_logprobs = [0.0] * len(options)
             branches.append(branch)
+        if seats is None:
+            _end_as_one(branches, request.aggregate)
         fronts = [member.front for _, _, member in members if member is not None and member.front is not None]
         pins = self._pool.lease(0, [page for front in fronts for page in front.pages])
         assert pins is not None  # pinned pages are held already
         task = Task(
             id=next(self._ids),
-            contexts=list(contexts.values()),
+            contexts=list(contexts.values()) if seats is None else [contexts[""]],
             branches=branches,
             pins=pins,
             aggregate=request.aggregate,
@@ -106,22 +119,115 @@ class Intake:
             seed=secrets.randbits(64) if request.sampling.seed is None else request.sampling.seed,
             options=options,
             sink=sink,
-            finish=results.scored if score else lambda task: self._finish(task, request, routing),
+            finish=results.scored if score else lambda task: self._finish(task, request),
+            routing=[] if named is None else named,
             early_end=request.early_end,
             pattern=pattern,
         )
+        if self.router is not None and "" in contexts:
+            own = self._chat.own_tokens(request.question, context_ids)
+            task.reading = Reading(contexts[""].span, self.router.layer, own, self._pool.page_size)
+        if named is None:
+            task.route = self._route(task, request, seats, profile)
+        self._check_room(task)
+        return task
+
+    def read(self, question: Question, layer: int, sink: Callable[[Tensor], None]) -> Task:
+        """A task that computes a context and hands out its feature at a layer, float32 `[hidden]`. Raises WhispersError."""
+        ids, _ = self._chat.split(question)
+        context = self._context(ids, None, {})
+        reading = Reading(context.span, layer, self._chat.own_tokens(question, ids), self._pool.page_size)
+        pins = self._pool.lease(0)
+        assert pins is not None  # of no pages
+        task = Task(
+            id=next(self._ids),
+            contexts=[context],
+            branches=[],
+            pins=pins,
+            aggregate="vote",
+            sampling=SamplingParams(),
+            seed=0,
+            options=None,
+            sink=lambda event: None,
+            finish=lambda task: [],
+            routing=[],
+            route=Route([reading], None, lambda task: sink(reading.feature())),
+            reading=reading,
+        )
+        self._check_room(task)
+        return task
+
+    def _check_room(self, task: Task) -> None:
         needed, there = task.pages_needed(self._pool), self._pool.num_pages - self._pool.stats()["pages_pinned"]
         if needed > there:
-            pins.close()
+            task.pins.close()
             raise WhispersError(
                 f"kv_cache_tokens: the page pool is too small: the request can take {needed} pages of {self._pool.page_size}, "
                 f"{there} are not pinned; accepted: fewer experts, a smaller max_tokens, a shorter question, a larger pool"
             )
-        return task
 
-    def _finish(self, task: Task, request: Request, routing: list[tuple[str, float]]) -> list[Event]:
+    # --- routing ---------------------------------------------------------------------------------------------------------------
+
+    def _candidates(self, score: bool) -> list[tuple[str, float]]:
+        """Whom a router may choose: the experts that it knows, or the base in their place. Scores are asked of all experts."""
+        names = self._panel.names if score else [BASE, *self._known]
+        return [(name, 1 / len(names)) for name in names]
+
+    @property
+    def _known(self) -> list[str]:
+        """The experts that the router knows."""
+        router = self.router
+        return [] if router is None else [name for name in self._panel.names if router.knows(self._panel[name].expert)]
+
+    def _profile(self, profile: Mapping[str, str] | None, routed: bool) -> str:
+        """The profile as a text; "" for none."""
+        if not profile:
+            return ""
+        if not routed:
+            why = "no router could read it" if self.router is None else "experts are named, so none are chosen"
+            raise WhispersError(f"profile: {why}; accepted: None, or experts=None and a committee with a router")
+        return profile_text(profile)
+
+    def _route(self, task: Task, request: Request, seats: int | None, profile: str) -> Route:
+        """What will choose the task's branches, or only their weights (`seats=None`), once its context has been read."""
+        router, query, names = self.router, task.reading, self._known
+        assert router is not None and query is not None
+        known, hint = self._profiles.get(profile), None
+        if profile and known is None:
+            with_template = self._chat.tokenizer.chat_template
+            ids = self._chat.split(profile)[0] if with_template else self._chat.encode(profile)
+            own = self._chat.own_tokens(profile, ids) if with_template else [True] * len(ids)
+            hint = Reading(Span("context", 0, ids), router.layer, own, self._pool.page_size)
+
+        def decide(task: Task) -> None:
+            feature = known
+            if hint is not None:
+                feature = self._profiles[profile] = hint.feature()
+                while len(self._profiles) > _PROFILES_KEPT:
+                    del self._profiles[next(iter(self._profiles))]
+                if task.lease is not None:
+                    task.lease.drop(hint.span.pages)
+            if seats is None:
+                weights = dict(router.route(query.feature(), feature, names, len(names)))
+                for branch in task.branches:
+                    branch.weight = weights.get(branch.name, 0.0)
+                return
+            task.gated = not router.at_stake(query.feature())
+            task.routing = [(BASE, 1.0)]
+            if not task.gated:
+                task.routing = router.route(query.feature(), feature, names, request.top_k)
+            branches = {branch.name: branch for branch in task.branches}
+            task.branches = [branches[name] for name, _ in task.routing[:seats]]
+            for branch, (_, weight) in zip(task.branches, task.routing, strict=False):
+                branch.weight = weight
+            task.contexts = list(dict.fromkeys([*task.contexts, *(branch.context for branch in task.branches)]))
+            _end_as_one(task.branches, request.aggregate)
+
+        return Route([query] if hint is None else [query, hint], seats, decide)
+
+    def _finish(self, task: Task, request: Request) -> list[Event]:
         """The closing events; under `compose` the base is asked for the last of them."""
-        events = results.answered(task, request, routing, self._chat.tokenizer)
+        events = results.answered(task, request, self._chat.tokenizer)
         last = events[-1]
         if request.aggregate != "compose" or not isinstance(last, Done):
             return events
@@ -137,8 +243,15 @@ class Intake:
         self._scheduler.add(task.follow)
         return events[:-1]
 
-    def _routing(self, experts: Sequence[str] | Mapping[str, float] | None) -> list[tuple[str, float]]:
-        """Names and weights that sum to one."""
+    def _named(self, experts: Sequence[str] | Mapping[str, float] | None) -> list[tuple[str, float]] | None:
+        """Names and weights that sum to one; None: the router chooses."""
+        if experts is None and self.router is not None and self._panel.names:
+            if not self._known:
+                raise WhispersError(
+                    f"experts: the committee's router knows none of {', '.join(self._panel.names)} (as they are now); accepted: "
+                    "experts that are named, or a router made anew"
+                )
+            return None
         if isinstance(experts, str):
             raise WhispersError(f"experts: the string {experts!r}; accepted: a list of names")
         named = dict.fromkeys(self._panel.names, 1.0) if experts is None else experts
@@ -193,6 +306,18 @@ class Intake:
             return Span("branch", context.end, [*virtual, *header], parent=context, soft=member.soft)
         front = member.front if member is not None and member.expert.placement == "detached" else None
         return Span("branch", context.end, list(header), parent=context, front=front)
+
+
+def _weight(item: tuple[str, float]) -> float:
+    return item[1]
+
+
+def _end_as_one(branches: Sequence[Branch], aggregate: str) -> None:
+    """A pool ends where its longest branch must; a branch on its own has the room that it would have alone."""
+    if aggregate in POOLED:
+        shortest = min(branch.max_new for branch in branches)
+        for branch in branches:
+            branch.max_new = shortest
 
 
 def _prompt_tokens(member: Member | None) -> int:

@@ -9,6 +9,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
 Role = Literal["pinned", "context", "branch"]
 
@@ -59,6 +60,9 @@ class PagePool:
         self._role: dict[int, Role] = {}  # of held pages
         self._by_hash: dict[bytes, int] = {}  # held or kept
         self._hash_of: dict[int, bytes] = {}
+        self._notes: dict[
+            int, dict[bytes, Tensor]
+        ] = {}  # what readers keep beside a page, as long as it holds what they read
         self._reserved = 0  # pages promised to leases and not yet taken
 
     def pages_for(self, positions: int) -> int:
@@ -97,12 +101,18 @@ class PagePool:
             self._by_hash[page_hash] = page
             self._hash_of[page] = page_hash
 
+    def note(self, page: int, key: bytes, value: Tensor) -> None:
+        """Keeps a value beside a full page, under a key, until the page is used for something else."""
+        self._notes.setdefault(page, {})[key] = value
+
+    def noted(self, page: int, key: bytes) -> Tensor | None:
+        """What was noted beside a page under that key."""
+        return self._notes.get(page, {}).get(key)
+
     def forget(self) -> None:
         """Drops all kept pages: what is not held is found no more."""
-        for page_hash, page in self._kept.items():
-            del self._by_hash[page_hash], self._hash_of[page]
-            self._free.append(page)
-        self._kept.clear()
+        while self._kept:
+            self._free.append(self._evict())
 
     def lease(self, pages: int, shared: Iterable[int] = ()) -> Lease | None:
         """Reserves `pages` new pages and takes hold of `shared` known ones; None, and nothing held, where they do not fit now."""
@@ -118,10 +128,16 @@ class PagePool:
         if self._free:
             page = self._free.pop()
         else:
-            page_hash, page = self._kept.popitem(last=False)
-            del self._by_hash[page_hash], self._hash_of[page]
+            page = self._evict()
         self._role[page] = role
         self._holders[page] = 1
+        return page
+
+    def _evict(self) -> int:
+        """Forgets the least recently used kept page and returns it."""
+        page_hash, page = self._kept.popitem(last=False)
+        del self._by_hash[page_hash], self._hash_of[page]
+        self._notes.pop(page, None)
         return page
 
     def _hold(self, page: int) -> None:
@@ -137,6 +153,7 @@ class PagePool:
             if page in self._hash_of:
                 self._kept[self._hash_of[page]] = page
             else:
+                self._notes.pop(page, None)
                 self._free.append(page)
 
 
@@ -172,9 +189,13 @@ class Lease:
             del self._held[page]
             self._pool._drop(page)
 
+    def shrink(self, budget: int) -> None:
+        """Gives back what is reserved beyond `budget` pages still to take."""
+        self._pool._reserved -= self._budget - min(budget, self._budget)
+        self._budget = min(budget, self._budget)
+
     def close(self) -> None:
         """Gives everything back; a second call does nothing."""
-        self._pool._reserved -= self._budget
-        self._budget = 0
+        self.shrink(0)
         # Last pages first: of a kept chain, the end is the first to make way, so that its beginning stays findable.
         self.drop(list(reversed(self._held)))

@@ -54,8 +54,14 @@ class Model:
         return angle.cos(), angle.sin()
 
     @torch.inference_mode()
-    def forward(self, batch: Batch, pool: PagePool) -> Tensor:
-        """Writes the rows' keys and values into the pool and returns their final, normalised hidden states `[R, hidden]`."""
+    def forward(self, batch: Batch, pool: PagePool, taps: dict[int, Tensor | None] | None = None) -> Tensor:
+        """Writes the rows' keys and values into the pool and returns their final, normalised hidden states `[R, hidden]`.
+
+        Args:
+            taps: its keys are layers whose hidden states `[R, hidden]` are wanted too, numbered as transformers'
+                `hidden_states`; its values are filled in.
+        """
+        taps = {} if taps is None else taps
         config, impl = self.config, self.impl
         widths = [
             config.q_heads * config.head_dim,
@@ -67,6 +73,8 @@ class Model:
         residual: Tensor | None = None
         for index, layer in enumerate(self.weights.layers):
             x, residual = self._norm(x, layer.attn_norm, residual)
+            if index in taps:
+                taps[index] = residual
             q, k, v = (
                 part.unflatten(1, (-1, config.head_dim))  # [R, H, D]
                 for part in F.linear(x, layer.qkv, layer.qkv_bias).split(widths, dim=1)
@@ -81,7 +89,10 @@ class Model:
             x = F.linear(
                 silu_mul(F.linear(x, layer.gate_up, layer.gate_up_bias), impl=impl), layer.down, layer.down_bias
             )
-        return self._norm(x, self.weights.norm, residual)[0]
+        x, _ = self._norm(x, self.weights.norm, residual)
+        if config.num_layers in taps:
+            taps[config.num_layers] = x
+        return x
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:

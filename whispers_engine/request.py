@@ -21,9 +21,9 @@ class Request:
         options: strings or lists of token ids; with them nothing is generated, each expert chooses.
         experts: names, with equal weights, or a mapping from names to weights; `[]`: the base alone; None: the router chooses, and a
             committee without a router is asked whole, with equal weights.
-        top_k: how many experts the router chooses.
+        top_k: how many experts the router chooses at most.
         aggregate: "vote", "delegate", "mixture", "product" or "compose".
-        profile: a hint to the router, such as `{"country": "Japan"}`; it never enters the prompt.
+        profile: a hint to the router, such as `{"country": "Japan"}`; it never enters the prompt. Only where the router chooses.
         sampling: how answers are generated.
         early_end: whether a vote over free answers ends once the branches that still run can no longer change who wins. The winner is the
             same; the branches that are cut have no vote, so `agreement` may be lower.
@@ -74,8 +74,11 @@ class Answer:
         options: the pooled probability of every option; None for a free answer.
         agreement: the winner's weight over all asked weight.
         diversity_entropy: bits, over the votes' shares of the weight.
-        usage: tokens: context (of which cached), branch (computed rows of soft prompts, headers, answers and options), generated.
-        timing: seconds: prefill (until the first branch had its first token or score), decode, total; under `compose` also compose.
+        usage: tokens: context (of which cached; the others were computed), branch (rows of soft prompts, headers, answers and options),
+            generated; steps_saved: what the branches that were cut could still have generated, at most.
+        timing: seconds: prefill (from submission until the contexts are computed), route (the router's own), branch_start (until the first
+            token or score; next to nothing where context and branches fit into one step), decode (until the last branch ended), aggregate,
+            total; under `compose` also compose.
     """
 
     text: str
@@ -115,10 +118,11 @@ class ScoreResult:
 
 @dataclass(frozen=True)
 class Routed:
-    """The request has started: these experts are asked."""
+    """The request has started: these experts are asked. A `gated` one asks the base alone."""
 
     request_id: int
     routing: list[tuple[str, float]]
+    gated: bool = False
 
 
 @dataclass(frozen=True)
@@ -146,6 +150,22 @@ class Finished:
 
 
 @dataclass(frozen=True)
+class Standing:
+    """How a vote over free answers stands, after every step in which a branch ended.
+
+    Attributes:
+        votes: answers as they were first given, and their summed weights, best first.
+        running: summed weight of the branches that still run.
+        decided: whether they can no longer change who wins.
+    """
+
+    request_id: int
+    votes: list[tuple[str, float]]
+    running: float
+    decided: bool
+
+
+@dataclass(frozen=True)
 class Done:
     """The request is done."""
 
@@ -169,4 +189,4 @@ class Failed:
     error: str
 
 
-Event: TypeAlias = Routed | Token | Finished | Done | Scored | Failed
+Event: TypeAlias = Routed | Token | Finished | Standing | Done | Scored | Failed

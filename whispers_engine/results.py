@@ -10,7 +10,7 @@ import torch
 
 from .aggregate import Ballot, normalise, tally
 from .request import Answer, Done, Event, ExpertAnswer, Finished, Request, Scored, ScoreResult
-from .scheduler import Task
+from .task import Task
 
 
 def scored(task: Task) -> list[Event]:
@@ -26,7 +26,7 @@ def scored(task: Task) -> list[Event]:
     return [Scored(task.id, result)]
 
 
-def answered(task: Task, request: Request, routing: list[tuple[str, float]], tokenizer: Any) -> list[Event]:
+def answered(task: Task, request: Request, tokenizer: Any) -> list[Event]:
     events: list[Event] = []
     shares: list[float] | None = None
     if task.options is None or request.options is None:
@@ -61,22 +61,17 @@ def answered(task: Task, request: Request, routing: list[tuple[str, float]], tok
     for index, weight in outcome.votes:  # two options can read the same
         given = parts[voters[index]]
         votes[given] = votes.get(given, 0.0) + weight
-    now = time.perf_counter()
     answer = Answer(
         text=text,
-        routing=routing,
-        gated=False,
+        routing=task.routing,
+        gated=task.gated,
         experts=records,
         votes=votes,
         options=shares,
         agreement=outcome.agreement,
         diversity_entropy=outcome.diversity_entropy,
         usage=_usage(task),
-        timing={
-            "prefill": task.first_result - task.submitted,
-            "decode": now - task.first_result,
-            "total": now - task.submitted,
-        },
+        timing=_timing(task),
     )
     return [*events, Done(task.id, answer)]
 
@@ -92,10 +87,23 @@ def _pool_options(task: Task) -> list[float]:
 
 
 def _usage(task: Task) -> dict[str, int]:
-    generated = sum(len(branch.tokens) for branch in task.branches)
+    cut = [branch for branch in task.branches if branch.finish_reason == "vote"]
     return {
         "context_tokens": sum(len(context.span.ids) for context in task.contexts),
         "context_tokens_cached": sum(context.cached for context in task.contexts),
         "branch_tokens": sum(len(span.ids) for branch in task.branches for span in (branch.span, *branch.options)),
-        "generated_tokens": generated,
+        "generated_tokens": sum(len(branch.tokens) for branch in task.branches),
+        "steps_saved": sum(branch.max_new - len(branch.tokens) for branch in cut),
+    }
+
+
+def _timing(task: Task) -> dict[str, float]:
+    clock, now = task.clock, time.perf_counter()
+    return {
+        "prefill": clock.context - clock.submitted,
+        "route": clock.route,
+        "branch_start": clock.first_result - clock.context - clock.route,
+        "decode": clock.ended - clock.first_result,
+        "aggregate": now - clock.ended,
+        "total": now - clock.submitted,
     }

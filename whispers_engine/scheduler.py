@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import math
-import re
 import time
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from itertools import accumulate
 
 import torch
@@ -15,106 +12,16 @@ from torch import Tensor
 
 from whispers_kernels import pool_logits
 
-from .aggregate import POOLED, decided, normalise, voted_part
+from .aggregate import decided, normalise
 from .batch import Span, Work, build_batch
-from .chat import TextStream
 from .decode import Decoder
-from .kv_cache import Lease, PagePool
+from .kv_cache import PagePool
 from .model import Model
-from .request import Event, ExpertAnswer, Failed, Finished, Routed, Token
-from .sampling import SamplingParams, sample
+from .request import Failed, Finished, Routed, Standing, Token
+from .sampling import sample
+from .task import Branch, Context, Task
 
 _LOGIT_ROWS = 256  # rows of logits held at once: 50 MB of float32 at a vocabulary of 49152
-
-
-@dataclass(eq=False)
-class Context:
-    """A request's context, as the base or one `prefix` expert sees it."""
-
-    span: Span
-    hashes: list[bytes]  # of its full pages
-    cached: int = 0  # tokens found in the pool
-
-
-@dataclass(eq=False)
-class Branch:
-    """One expert answering one request."""
-
-    name: str
-    weight: float
-    span: Span  # soft prompt where the placement puts one here, header, generated tokens
-    text: TextStream
-    noise: int  # tells its random numbers from the other branches'
-    max_new: int  # tokens it can generate
-    options: list[Span] = field(
-        default_factory=list
-    )  # an option's tokens but the last: the rows that predict the others
-    option_logprobs: list[float] = field(default_factory=list)
-    tokens: list[int] = field(default_factory=list)
-    logprob: float = 0.0
-    hidden: Tensor | None = None  # [hidden] of the row that predicts the next token, until it is chosen
-    finish_reason: str | None = None
-
-    def record(self) -> ExpertAnswer:
-        return ExpertAnswer(
-            self.name, self.weight, self.text.text, self.logprob, list(self.tokens), self.finish_reason or "running"
-        )
-
-
-@dataclass(eq=False)
-class Task:
-    """A request on its way. `finish` makes the closing events out of the finished branches."""
-
-    id: int
-    contexts: list[Context]
-    branches: list[Branch]
-    pins: Lease  # of the pinned soft prompts, so that they outlive their experts' removal
-    aggregate: str
-    sampling: SamplingParams
-    seed: int
-    options: list[list[int]] | None
-    sink: Callable[[Event], None]
-    finish: Callable[[Task], list[Event]]
-    early_end: bool = True
-    pattern: re.Pattern[str] | None = None  # finds the part of a free answer that is voted on
-    follow: Task | None = None  # what the finished task has started: the base's composition
-    lease: Lease | None = None
-    submitted: float = field(default_factory=time.perf_counter)
-    first_result: float = 0.0
-
-    @property
-    def pooled(self) -> bool:
-        return self.aggregate in POOLED
-
-    def part(self, branch: Branch) -> str:
-        """What of a branch's free answer is voted on."""
-        return voted_part(branch.text.text, self.pattern)
-
-    @property
-    def done(self) -> bool:
-        if self.options is None:
-            return all(branch.finish_reason for branch in self.branches)
-        return all(not span.pending for branch in self.branches for span in (branch.span, *branch.options))
-
-    def spans(self) -> list[Span]:
-        """Parents before children."""
-        return [
-            *(context.span for context in self.contexts),
-            *(branch.span for branch in self.branches),
-            *(span for branch in self.branches for span in branch.options),
-        ]
-
-    def room(self, branch: Branch) -> int:
-        """Positions that a branch can take at most. The last generated token is never stored."""
-        return len(branch.span.ids) + (branch.max_new - 1 if self.options is None else 0)
-
-    def pages_needed(self, pool: PagePool) -> int:
-        """Pages that the task can take at most, nothing being found in the pool."""
-        return (
-            sum(pool.pages_for(len(context.span.ids)) for context in self.contexts)
-            + sum(pool.pages_for(self.room(branch)) for branch in self.branches)
-            + sum(pool.pages_for(len(span.ids)) for branch in self.branches for span in branch.options)
-        )
 
 
 class Scheduler:
@@ -162,15 +69,18 @@ class Scheduler:
             task.lease.close()
         task.pins.close()
 
-    def compute(self, work: list[Work]) -> tuple[Tensor, dict[Span, int]]:
-        """One forward of the given rows, with pages from their spans' leases; returns hidden states and every span's first row."""
+    def compute(self, work: list[Work], taps: dict[int, Tensor | None] | None = None) -> tuple[Tensor, dict[Span, int]]:
+        """One forward of the given rows, with pages from their spans' leases; returns hidden states and every span's first row.
+
+        `taps`: as `Model.forward`'s.
+        """
         for span, count in work:
             while span.lease is not None and len(span.pages) < self.pool.pages_for(span.computed + count):
                 span.pages.append(span.lease.take(span.role))
-        found = None if self.decoder is None else self.decoder.run(work)
+        found = None if self.decoder is None or taps else self.decoder.run(work)
         if found is None:
             batch, first_row = build_batch(work, self.pool, self.model.config.vocab_size, self.model.device)
-            hidden = self.model.forward(batch, self.pool)
+            hidden = self.model.forward(batch, self.pool, taps)
         else:
             hidden, first_row = found
         for span, count in work:
@@ -183,12 +93,20 @@ class Scheduler:
         work = self._select()
         if not work:
             return
-        hidden, first_row = self.compute(work)
         counts = dict(work)
+        readings = [reading for task in self._running for reading in task.readings if reading.span in counts]
+        taps: dict[int, Tensor | None] = {reading.layer: None for reading in readings}
+        hidden, first_row = self.compute(work, taps)
+        for reading in readings:
+            rows, row, count = taps[reading.layer], first_row[reading.span], counts[reading.span]
+            assert rows is not None
+            reading.add(rows[row : row + count], count, self.pool)
         self._publish(counts)
+        self._decide()
         self._score(hidden, first_row, counts)
         self._generate(hidden, first_row, counts)
         for task in [task for task in self._running if task.done]:
+            task.clock.ended = time.perf_counter()
             self.abort(task)  # pages first: whatever the closing events lead to, they are back
             for event in task.finish(task):
                 task.sink(event)
@@ -199,12 +117,11 @@ class Scheduler:
         """Starts waiting tasks in their order, as long as they fit: all the pages that a task can ever take are reserved for it."""
         while self._waiting:
             task = self._waiting[0]
-            running = sum(len(other.branches) for other in self._running)
-            if running + len(task.branches) > self.max_num_seqs:
+            if sum(other.seats for other in self._running) + task.seats > self.max_num_seqs:
                 return
-            hits = [self._known(context) for context in task.contexts]
-            needed = task.pages_needed(self.pool) - sum(map(len, hits))
-            task.lease = self.pool.lease(needed, [page for pages in hits for page in pages])
+            known = {context: self._known(task, context) for context in task.contexts}
+            needed = task.pages_needed(self.pool) - sum(map(len, known.values()))
+            task.lease = self.pool.lease(needed, [page for pages in known.values() for page in pages])
             if task.lease is None:
                 if not self._running:  # nothing will ever come free: experts were added since it was accepted
                     self._waiting.popleft()
@@ -216,21 +133,51 @@ class Scheduler:
                     )
                     continue
                 return
-            for span in task.spans():
-                span.lease = task.lease
-            if task.options is None:
-                for branch in task.branches:
-                    branch.span.room = task.room(branch)
-            for context, pages in zip(task.contexts, hits, strict=True):
-                context.span.pages = pages
-                context.span.computed = context.cached = len(pages) * self.pool.page_size
+            self._start(task, known)
             self._running.append(self._waiting.popleft())
-            task.sink(Routed(task.id, [(branch.name, branch.weight) for branch in task.branches]))
+            if task.route is None:
+                task.sink(Routed(task.id, task.asked, task.gated))
 
-    def _known(self, context: Context) -> list[int]:
+    def _known(self, task: Task, context: Context) -> list[int]:
         """Pages of a context that the pool has, its last token's never among them: one token at least is always computed."""
         full = max(0, len(context.span.ids) - 1) // self.pool.page_size
-        return self.pool.lookup(context.hashes[:full])
+        pages = self.pool.lookup(context.hashes[:full])
+        reading = task.reading
+        if reading is None or reading.span is not context.span:
+            return pages
+        read = reading.resume(pages, self.pool)
+        if task.route is None and len(read) < len(pages):  # nobody waits for what they would tell
+            task.reading = None
+            return pages
+        return read
+
+    def _start(self, task: Task, known: dict[Context, list[int]]) -> None:
+        """Gives a task's spans their lease, and its contexts the pages that are there."""
+        for span in task.spans():
+            span.lease = task.lease
+        if task.options is None and not task.undecided:
+            for branch in task.branches:
+                branch.span.room = task.room(branch)
+        for context, pages in known.items():
+            context.span.pages = list(pages)
+            context.span.computed = context.cached = len(pages) * self.pool.page_size
+
+    def _decide(self) -> None:
+        """Routes the tasks whose contexts have been read, and starts the branches that were chosen."""
+        for task in self._running:
+            route = task.route
+            if route is None or not all(reading.done for reading in route.readings):
+                continue
+            begin = time.perf_counter()
+            chosen, task.route = route.seats is not None, None
+            route.decide(task)
+            if chosen and task.lease is not None:
+                known = {context: self._known(task, context) for context in task.contexts if not context.span.pages}
+                task.lease.share(page for pages in known.values() for page in pages)
+                self._start(task, known)
+                task.lease.shrink(task.pages_needed(self.pool))
+            task.clock.route = time.perf_counter() - begin
+            task.sink(Routed(task.id, task.asked, task.gated))
 
     def _select(self) -> list[Work]:
         """Branches that wait for one row first, so that no prefill holds them up; then what is pending, parents before children."""
@@ -254,6 +201,9 @@ class Scheduler:
 
     def _publish(self, counts: dict[Span, int]) -> None:
         """Makes this step's full context pages known by their hashes."""
+        for task in self._running:
+            if not task.clock.context and not any(context.span.pending for context in task.contexts):
+                task.clock.context = time.perf_counter()
         for context in (context for task in self._running for context in task.contexts if context.span in counts):
             full = context.span.computed // self.pool.page_size
             for page, page_hash in zip(context.span.pages[:full], context.hashes[:full], strict=True):
@@ -276,8 +226,8 @@ class Scheduler:
                     uses += [
                         (first_row[span] + at, target, branch, option) for at, target in enumerate(targets) if count
                     ]
-            if len(uses) > before and not task.first_result:
-                task.first_result = time.perf_counter()
+            if len(uses) > before and not task.clock.first_result:
+                task.clock.first_result = time.perf_counter()
         rows = sorted({row for row, *_ in uses})
         for begin in range(0, len(rows), _LOGIT_ROWS):
             block = {row: index for index, row in enumerate(rows[begin : begin + _LOGIT_ROWS])}
@@ -312,10 +262,10 @@ class Scheduler:
         for (task, members), token, logprob in zip(groups, tokens, pooled, strict=True):
             self._append(task, members, token, logprob, own[row : row + len(members)])
             row += len(members)
-        for task in dict.fromkeys(
-            task for task, _ in groups
-        ):  # after all of the step's ballots: their order is nobody's
-            self._end_decided(task)
+        ended = {task: None for task, members in groups if any(branch.finish_reason for branch in members)}
+        for task in ended:  # after all of the step's ballots: their order is nobody's
+            if task.aggregate == "vote":
+                self._count(task)
 
     def _choose(self, groups: list[tuple[Task, list[Branch]]]) -> tuple[list[int], list[float], list[float]]:
         """Returns every group's token, its log-probability in the pool, and in each member's own distribution.
@@ -353,7 +303,7 @@ class Scheduler:
 
     def _append(self, task: Task, members: list[Branch], token: int, logprob: float, own: list[float]) -> None:
         """Gives a group its next token, and ends it where that was the last one."""
-        task.first_result = task.first_result or time.perf_counter()
+        task.clock.first_result = task.clock.first_result or time.perf_counter()
         ended = token in self.model.config.eos_ids
         piece, reason = "", None
         for branch, branch_logprob in zip(members, own, strict=True):
@@ -380,17 +330,22 @@ class Scheduler:
             task.lease.drop(branch.span.pages)  # early, for others to use
         branch.span.pages = []
 
-    def _end_decided(self, task: Task) -> None:
-        """Cuts all branches that run, once they can no longer change who wins the vote. The task is done then."""
-        if task.aggregate != "vote" or not task.early_end:
-            return
+    def _count(self, task: Task) -> None:
+        """Tells how the vote stands, and cuts all branches that run once they can no longer change who wins. The task is done then."""
         running = [branch for branch in task.branches if branch.finish_reason is None]
         votes: dict[str, float] = {}
+        given: dict[str, str] = {}  # a choice as it was first given
         for branch in task.branches:
             if branch.finish_reason is not None:
-                choice = normalise(task.part(branch))
+                part = task.part(branch)
+                choice = normalise(part)
                 votes[choice] = votes.get(choice, 0.0) + branch.weight
-        if running and decided(votes, math.fsum(branch.weight for branch in running)):
+                given.setdefault(choice, part.strip())
+        left = math.fsum(branch.weight for branch in running)
+        over = not running or decided(votes, left)
+        ranked = sorted(votes, key=votes.__getitem__, reverse=True)
+        task.sink(Standing(task.id, [(given[choice], votes[choice]) for choice in ranked], left, over))
+        if over and task.early_end:
             for branch in running:
                 branch.text.finish()
                 self._end(task, branch, "vote")
