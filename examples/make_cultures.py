@@ -1,4 +1,4 @@
-"""Makes `examples/cultures`: one expert a country, its soft prompt the embeddings of one sentence. Takes a few seconds.
+"""Makes `examples/cultures`: one expert a country, its soft prompt the embeddings of one sentence, and the router. Takes a minute.
 
 python examples/make_cultures.py
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from whispers_engine import Committee, Engine, Expert
+from whispers_engine.router_fit import fit_router, read_examples
 
 COUNTRIES = {
     "united-states": "the United States",
@@ -41,7 +42,10 @@ def main() -> None:
         text = SENTENCE.format(country=country)
         expert = Expert.from_text(name, text, engine, "suffix", culture=country.removeprefix("the "))
         Committee.add(folder, expert, engine.model_name, engine.fingerprint)
-    print(f"{folder}: {len(COUNTRIES)} experts")
+        engine.add_expert(expert)
+    examples = read_examples(Path(__file__).parent / "data" / "routing-train.jsonl")
+    fit_router(engine, examples).router.save(folder)
+    print(f"{folder}: {len(COUNTRIES)} experts, and a router from {len(examples)} examples")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from .router import KINDS, Router, profile_text
 
 if TYPE_CHECKING:
     from .engine import Engine
+    from .experts import Expert
 
 ANY = "*"  # culture is at stake, but none is named
 RIDGE = 4.0  # times the number of examples: with 576 standardised features and 260 examples, 1 to 10 do about as well
@@ -109,6 +110,20 @@ def fit_router(
 
     features = _read(engine, [example.question for example in examples], layer, progress)
     profiles = _read(engine, [profile_text({"country": expert.culture or expert.name}) for expert in known], layer)
+    return fit_features(known, examples, features, profiles, kind, layer)
+
+
+def fit_features(
+    known: Sequence[Expert], examples: Sequence[Example], features: Tensor, profiles: Tensor, kind: str, layer: int
+) -> Fitted:
+    """Makes a router from what was read.
+
+    Args:
+        known: experts, an example of each one's culture at least among `examples`.
+        features: float32 `[examples, hidden]`.
+        profiles: float32 `[experts, hidden]`, of profiles that name each one's culture.
+        kind, layer: as `fit_router`'s.
+    """
     of = torch.tensor(
         [[example.culture == (expert.culture or expert.name) for expert in known] for example in examples]
     )

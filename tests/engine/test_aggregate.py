@@ -83,11 +83,11 @@ def elections(draw: st.DrawFn) -> tuple[list[Vote], int]:
 
 
 def test_tally_is_the_brute_force() -> None:
-    """A thousand elections and more; every rule decides some of them, and some would go wrong if floats were compared as they are."""
+    """Five thousand elections; every rule decides some of them, and some would go wrong if floats were compared as they are."""
     decided: Counter[str] = Counter()
 
     @seed(0)
-    @settings(max_examples=1500, deadline=None, database=None)
+    @settings(max_examples=5000, deadline=None, database=None)
     @given(elections(), st.integers(0, 99))
     def check(election: tuple[list[Vote], int], shuffle: int) -> None:
         votes, unit = election

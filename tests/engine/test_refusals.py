@@ -117,7 +117,7 @@ REQUESTS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "aggregation": ({"aggregate": "majority"}, ("aggregate: 'majority'", "accepted: vote, delegate, mixture, product, compose")),
     "top_k 0": ({"top_k": 0}, ("top_k: 0", "accepted: an integer, at least 1")),
     "top_k 1.5": ({"top_k": 1.5}, ("top_k: 1.5", "accepted: an integer, at least 1")),
-    "profile without router": ({"profile": {"country": "Japan"}}, ("profile: this committee has no router", "accepted: None")),
+    "profile without router": ({"profile": {"country": "Japan"}}, ("profile: no router could read it", "accepted: None")),
     "sampling a dict": ({"sampling": {"temperature": 1.0}}, ("sampling: a dict", "accepted: SamplingParams")),
     "unknown expert": ({"experts": ["north", "west"]}, ("expert 'west' is not in this committee", f"accepted: {NAMES}")),
     "base by name": ({"experts": ["base"]}, ("expert 'base' is not in this committee", f"accepted: {NAMES}")),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from math import ceil
 
@@ -145,14 +146,15 @@ def test_a_stream_abandoned_at_any_event(llama: Tiny, aggregate: str) -> None:
         return engine.stream(question, options, aggregate=aggregate, sampling=sampling)
 
     for options in (None, [[5, 6, 7], [8]]):
-        total = sum(1 for _ in stream(options))
+        assert sum(1 for _ in stream(options)) >= 3
         check_all_back(engine)
-        for stop in range(total + 1):
+        for stop in itertools.count():
             events = stream(options)
-            for _ in range(stop):
-                next(events)
+            seen = list(itertools.islice(events, stop))
             events.close()  # type: ignore[attr-defined]
             check_all_back(engine)
+            if len(seen) < stop:  # the last one: it was over already
+                break
         stream(options)  # never started
         check_all_back(engine)
 
@@ -259,10 +261,10 @@ def test_requests_in_one_batch_share_their_system_prompt(llama: Tiny) -> None:
     seen: list[int] = []
     forward = engine.model.forward
 
-    def count(batch, pool):  # type: ignore[no-untyped-def]
+    def count(batch, pool, taps):  # type: ignore[no-untyped-def]
         named = batch.plan.pages.tolist()
         seen.append(max(named.count(page) for page in named))
-        return forward(batch, pool)
+        return forward(batch, pool, taps)
 
     engine.model.forward = count  # type: ignore[method-assign]
     answers = {}

@@ -11,6 +11,7 @@ from rich.table import Table
 from whispers_engine.errors import WhispersError
 
 from .common import DeviceOption, DtypeOption, ImplOption, JsonOption, ModelOption, err, load_engine, out, print_json
+from .watch import watch
 
 if TYPE_CHECKING:
     from whispers_engine.engine import Engine
@@ -26,8 +27,11 @@ def ask(
     committee: Annotated[
         Path | None, typer.Option("--committee", help="The committee's folder; none: the base alone.")
     ] = None,
-    experts: Annotated[str | None, typer.Option("--experts", help="Names, with commas between. Default: all.")] = None,
-    top_k: Annotated[int, typer.Option("--top-k", help="How many experts a router chooses.")] = 3,
+    experts: Annotated[
+        str | None,
+        typer.Option("--experts", help="Names, with commas between. Default: the router chooses; without one, all."),
+    ] = None,
+    top_k: Annotated[int, typer.Option("--top-k", help="How many experts the router chooses.")] = 3,
     aggregate: Annotated[
         str, typer.Option("--aggregate", help="vote, delegate, mixture, product or compose.")
     ] = "vote",
@@ -77,7 +81,7 @@ def _pairs(profile: list[str] | None) -> dict[str, str] | None:
 
 
 def _run(engine: Engine, request: Request) -> Answer:
-    from whispers_engine.request import Done, Token
+    from whispers_engine.request import Done
 
     events = engine.stream(
         request.question,
@@ -90,14 +94,9 @@ def _run(engine: Engine, request: Request) -> Answer:
         request.early_end,
         request.answer_pattern,
     )
-    tokens = 0
-    with err.status("reading the question") as status:
-        for event in events:
-            if isinstance(event, Token):
-                tokens += 1
-                status.update(f"answering: {tokens} tokens")
-            if isinstance(event, Done):
-                return event.answer
+    for event in watch(events, err):
+        if isinstance(event, Done):
+            return event.answer
     raise AssertionError("a stream ended without an answer")
 
 
@@ -120,10 +119,12 @@ def _show(question: str, answer: Answer, aggregate: str) -> None:
             votes.add_row(f"{weight:.2f}", text.strip())
         out.print(votes)
     usage, timing = answer.usage, answer.timing
+    saved = f", {usage['steps_saved']} saved at most by an early end" if usage["steps_saved"] else ""
     out.print(
+        f"{'culture is not at stake: the base alone; ' if answer.gated else ''}"
         f"agreement {answer.agreement:.2f}, entropy {answer.diversity_entropy:.2f} bits; context {usage['context_tokens']} tokens "
-        f"({usage['context_tokens_cached']} cached), branches {usage['branch_tokens']}, generated {usage['generated_tokens']}; "
-        f"{timing['prefill']:.2f} s to the first result, {timing['total']:.2f} s in all",
+        f"({usage['context_tokens_cached']} cached), branches {usage['branch_tokens']}, generated {usage['generated_tokens']}{saved}; "
+        f"{timing['total']:.2f} s: {', '.join(f'{part} {timing[part]:.2f}' for part in timing if part != 'total')}",
         style="dim",
         soft_wrap=True,
     )

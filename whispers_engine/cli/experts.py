@@ -1,4 +1,4 @@
-"""`whispers experts`: list, show, create, import and export the experts of a committee."""
+"""`whispers experts`: list, show, create, import and export the experts of a committee, and make its router."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.progress import Progress as TaskBar
 from rich.table import Table
 
 from whispers_engine.errors import WhispersError
 
-from .common import CommitteeOption, JsonOption, ModelOption, load_engine, out, print_json, pull_with_progress
+from .common import CommitteeOption, JsonOption, ModelOption, err, load_engine, out, print_json, pull_with_progress
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -231,6 +232,54 @@ def create(
     expert = Expert.from_text(name, text, engine, placement, culture, virtual_tokens)
     Committee.add(committee, expert, engine.model_name, engine.fingerprint)
     out.print(f"{committee / name}: {expert.num_tokens} virtual tokens, {placement}")
+
+
+@app.command()
+def router(
+    file: Annotated[
+        Path, typer.Argument(help='Examples, one JSON object a line: {"question": ..., "culture": ...}, null for none.')
+    ],
+    committee: CommitteeOption,
+    kind: Annotated[str, typer.Option("--kind", help="linear, or centroid (the paper's rule).")] = "linear",
+    layer: Annotated[
+        int | None, typer.Option("--layer", help="Which hidden states it reads. Default: four fifths of the way up.")
+    ] = None,
+    model: ModelOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Make the committee's router from examples; it replaces the one that is there."""
+    from whispers_engine.router import FILE
+    from whispers_engine.router_fit import fit_router, read_examples
+
+    examples = read_examples(file)
+    engine = load_engine(model, committee)
+    with TaskBar(console=err, transient=True) as bar:
+        task = bar.add_task("reading the examples", total=len(examples))
+        fitted = fit_router(engine, examples, kind, layer, lambda done, _: bar.update(task, completed=done))
+    fitted.router.save(committee)
+    unknown = [name for name in engine.experts if not fitted.router.knows(engine.expert(name))]
+    found = {
+        "kind": kind,
+        "layer": fitted.router.layer,
+        "experts": [name for name, _ in fitted.router.experts],
+        "unknown": unknown,
+        "gate": fitted.router.gate is not None,
+        "examples": fitted.examples,
+        "held_out_top1": fitted.top1,
+        "held_out_top3": fitted.top3,
+    }
+    if json:
+        print_json(found)
+        return
+    out.print(
+        f"{committee / FILE}: {kind}, layer {fitted.router.layer}, {len(fitted.router.experts)} experts"
+        f"{', a gate' if fitted.router.gate is not None else ''}, from {fitted.examples} examples"
+    )
+    if unknown:
+        out.print(f"unknown to it, for want of examples: {', '.join(unknown)}")
+    out.print(
+        f"examples held out: the right expert first {fitted.top1:.2f}, among three {fitted.top3:.2f}", style="dim"
+    )
 
 
 @app.command("import")
