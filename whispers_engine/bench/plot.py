@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from whispers_engine.errors import WhispersError
+from whispers_engine.files import new_file
 
 FORMATS = ("png", "svg")
 # One hue from light to dark, since the number of experts is a quantity.
@@ -59,7 +59,5 @@ def plot_ratios(report: dict[str, Any], path: Path) -> None:
     axes[-1].legend(fontsize=8, frameon=False)
     names = sorted({name for result in results for name in result["peers"]})
     figure.suptitle(f"Decode attention, {report['device']}, beside {', '.join(names)}", fontsize=10)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".plot.") as folder:
-        half_written = Path(folder) / path.name
+    with new_file(path) as half_written:
         figure.savefig(half_written, dpi=150)
-        half_written.replace(path)
