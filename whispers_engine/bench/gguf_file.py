@@ -1,4 +1,4 @@
-"""A base as a GGUF file for llama.cpp, made from the very weights that the engine runs: the same numbers, rounded as the file's type says."""
+"""A base as a GGUF file for llama.cpp, from the very weights that the engine runs: the same numbers, rounded to the file's type."""
 
 from __future__ import annotations
 
@@ -52,7 +52,9 @@ def _check(config: ModelConfig, folder: Path) -> None:
             raise WhispersError(f"{folder.name} as GGUF: {what} {found!r}; accepted: {', '.join(map(str, accepted))}")
 
 
-def _write(path: Path, folder: Path, checkpoint: Checkpoint, config: ModelConfig, kind: str, progress: Progress) -> None:
+def _write(
+    path: Path, folder: Path, checkpoint: Checkpoint, config: ModelConfig, kind: str, progress: Progress
+) -> None:
     from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType, quantize
 
     file_type, matrix = {
