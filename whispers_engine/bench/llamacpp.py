@@ -126,7 +126,7 @@ class LlamaCpp:
     def decode(self, prompt: Prompt, experts: int, new_tokens: int) -> Decoded:
         """Answers the prompt with the first so many experts, greedily."""
         first = self.first(prompt, experts)
-        chosen = first.argmax(-1).numpy()  # [E]
+        chosen = first.numpy().argmax(-1)  # [E]
         steps, step_ms = [chosen.tolist()], []
         begin = len(prompt.context) + len(self._own(prompt, 0))
         self._filled.set_sequences(range(experts))
@@ -134,7 +134,7 @@ class LlamaCpp:
             start = time.perf_counter()
             self._filled.set_tokens(chosen, begin + step)
             self._run(experts)
-            chosen = self._logits(experts).argmax(-1).numpy()
+            chosen = self._logits(experts).argmax(-1)
             steps.append(chosen.tolist())
             step_ms.append((time.perf_counter() - start) * 1e3)
         return Decoded.of_steps(steps, step_ms)
@@ -148,10 +148,14 @@ class LlamaCpp:
                 self._lib.llama_memory_seq_rm(self._memory, row, begin + len(own[row]), -1)
             return self._begun[2]
         self._lib.llama_memory_clear(self._memory, True)
-        self._compute(prompt.context, 0, 0)
+        self._append(prompt.context, 0, 0)
         for row in range(1, experts):
             self._lib.llama_memory_seq_cp(self._memory, 0, row, -1, -1)
-        logits = torch.cat([self._compute(own[row], begin, row) for row in range(experts)])
+        rows = []
+        for row in range(experts):
+            self._append(own[row], begin, row)
+            rows.append(torch.from_numpy(self._logits(1).copy()))
+        logits = torch.cat(rows)
         self._begun = (prompt, experts, logits)
         return logits
 
@@ -160,7 +164,8 @@ class LlamaCpp:
         self._begun = None
         self._lib.llama_memory_clear(self._memory, False)
         start = time.perf_counter()
-        token = int(self._compute(ids, 0, 0).argmax())
+        self._append(ids, 0, 0)
+        token = int(self._logits(1).argmax())
         return token, (time.perf_counter() - start) * 1e3
 
     def close(self) -> None:
@@ -174,14 +179,13 @@ class LlamaCpp:
         assert prompt.soft_ids is not None
         return [*prompt.soft_ids[row], *prompt.header]
 
-    def _compute(self, ids: Sequence[int], position: int, sequence: int) -> Tensor:
-        """Appends tokens to one sequence; the logits of the last, float32 `[1, V]`."""
+    def _append(self, ids: Sequence[int], position: int, sequence: int) -> None:
+        """Appends tokens to one sequence; the logits that remain are those of the last."""
         for begin in range(0, len(ids), self._most):
             part = ids[begin : begin + self._most]
             last = begin + len(part) == len(ids)
             self._filled.set_run(part, position + begin, sequence, last)
             self._run(len(part))
-        return self._logits(1).clone()
 
     def _run(self, tokens: int) -> None:
         self._batch.n_tokens = tokens
@@ -189,10 +193,14 @@ class LlamaCpp:
         if status != 0:
             raise RuntimeError(f"llama_decode returned {status} for {tokens} tokens")
 
-    def _logits(self, rows: int) -> Tensor:
-        """The last step's logits, float32 `[rows, V]`: llama.cpp's own memory, valid until the next step."""
+    def _logits(self, rows: int) -> np.ndarray:
+        """The last step's logits, float32 `[rows, V]`: llama.cpp's own memory, valid until the next step.
+
+        They stay NumPy's: PyTorch would choose among them with threads of its own, which wait for more work on the cores that
+        llama.cpp's threads compute the next step on.
+        """
         pointer = self._lib.llama_get_logits(self._handle)
-        return torch.from_numpy(np.ctypeslib.as_array(pointer, shape=(rows, self._model.vocab)))
+        return np.ctypeslib.as_array(pointer, shape=(rows, self._model.vocab))
 
 
 class _Columns:

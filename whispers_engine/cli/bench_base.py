@@ -80,7 +80,7 @@ def _measure(settings: Settings, plot: Path | None, json: bool, run: Callable[[P
     if plot is not None:
         plots.check_plot(plot)
     with err.status("starting") as status:
-        report = run(lambda what: status.update(what))
+        report = run(lambda what: status.update(what) if err.is_terminal else err.print(what, style="dim"))
     if json:
         print_json(report)
     else:
