@@ -164,7 +164,12 @@ class Field:
                 setting = Setting(flash, ubatch)
                 context = LlamaCpp(llama, setting, experts, length, exact)
                 entry = Entry(name, setting.name, context.decode, context.prefill, context.close)
-                yield entry, context.first(prompt, experts), context.decode(prompt, experts, _CHECKED_TOKENS).tokens
+                try:
+                    first, tokens = context.first(prompt, experts), context.decode(prompt, experts, _CHECKED_TOKENS)
+                except BaseException:
+                    entry.close()  # its memory is C's
+                    raise
+                yield entry, first, tokens.tokens
         except (Unavailable, WhispersError) as error:
             left_out[name] = str(error)
         except Exception as error:  # a peer's failure is its own, whatever it raises

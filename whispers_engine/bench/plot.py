@@ -72,14 +72,14 @@ def plot_times(report: dict[str, Any], path: Path) -> None:
         raise WhispersError(f"--plot {path}: nothing was measured that could be drawn")
     panels: list[tuple[str, str, str, list[dict[str, Any]]]] = []
     for over, fixed, label, title in (
-        ("experts", "context", "experts", "{} tokens of context"),
-        ("context", "experts", "tokens of context", "{} expert(s)"),
+        ("experts", "context", "experts", "tokens of context: {}"),
+        ("context", "experts", "tokens of context", "experts: {}"),
     ):
         for value in sorted({result[fixed] for result in results}):
             line = sorted((r for r in results if r[fixed] == value), key=lambda r: r[over])
             if len(line) > 1:
                 panels.append((over, label, title.format(value), line))
-    panels = panels or [("experts", "experts", f"{results[0]['context']} tokens of context", results)]
+    panels = panels or [("experts", "experts", f"tokens of context: {results[0]['context']}", results)]
     names = list(dict.fromkeys(name for result in results for name in result["peers"]))
     figure = Figure(figsize=(4.2 * len(panels) + 0.6, 3.8), layout="constrained")
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
