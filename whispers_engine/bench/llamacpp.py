@@ -39,18 +39,14 @@ def library() -> Any:
         import llama_cpp
     except (ImportError, OSError, RuntimeError) as error:
         raise Unavailable(f"not installed: pip install 'whispers-engine[llama]' ({error})") from error
-    llama_cpp.llama_log_set(_silent(llama_cpp), ctypes.c_void_p(0))
-    llama_cpp.llama_backend_init()
+    if llama_cpp not in _silent:
+        _silent[llama_cpp] = llama_cpp.llama_log_callback(lambda level, text, data: None)
+        llama_cpp.llama_log_set(_silent[llama_cpp], ctypes.c_void_p(0))
+        llama_cpp.llama_backend_init()
     return llama_cpp
 
 
-_kept: list[Any] = []  # callbacks that C holds
-
-
-def _silent(lib: Any) -> Any:
-    if not _kept:
-        _kept.append(lib.llama_log_callback(lambda level, text, data: None))
-    return _kept[0]
+_silent: dict[Any, Any] = {}  # by library, the callback that C holds, and Python must not drop
 
 
 def features() -> str:
