@@ -34,6 +34,16 @@ def new_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
 
 
+@contextmanager
+def new_file(target: Path) -> Iterator[Path]:
+    """Yields a path, of the same name in a folder of its own, whose file becomes `target` when the block ends without an error."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.", suffix=".partial") as work:
+        path = Path(work) / target.name
+        yield path
+        path.replace(target)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Writes indented JSON, whole or not at all."""
     with tempfile.NamedTemporaryFile(

@@ -19,6 +19,7 @@ import numpy as np
 
 from .errors import WhispersError
 from .files import new_folder, write_json
+from .gguf_layout import ROTATED, half_split, hf_name, part_of
 
 Progress = Callable[[str, int, int], None]  # what is being done, how far, of how much
 
@@ -138,49 +139,19 @@ def _convert(gguf_path: Path, folder: Path, progress: Progress) -> None:
     meta = {key: value.contents() for key, value in reader.fields.items()}
     if meta["general.architecture"] != "llama":
         raise WhispersError(f"{gguf_path.name}: architecture {meta['general.architecture']!r}; accepted: llama")
-    heads = {"attn_q": meta["llama.attention.head_count"], "attn_k": meta["llama.attention.head_count_kv"]}
+    counts = (meta["llama.attention.head_count"], meta["llama.attention.head_count_kv"])
+    heads = dict(zip(ROTATED, counts, strict=True))
     tensors: dict[str, np.ndarray] = {}
     for index, tensor in enumerate(reader.tensors):
         value = dequantize(tensor.data, tensor.tensor_type).astype(np.float32).reshape(tensor.shape[::-1].tolist())
-        part = tensor.name.split(".")[-2]
+        part = part_of(tensor.name)
         if part in heads:
-            value = _half_split(value, heads[part])
-        tensors[_hf_name(tensor.name)] = np.ascontiguousarray(value)
+            value = half_split(value, heads[part])
+        tensors[hf_name(tensor.name)] = np.ascontiguousarray(value)
         progress("converting", index + 1, len(reader.tensors))
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     _write_config(meta, "output.weight" not in {tensor.name for tensor in reader.tensors}, folder)
     _write_tokenizer(meta, folder)
-
-
-def _half_split(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Undoes GGUF's interleaving of rotary pairs, row `2i + j` of a head being row `j D/2 + i` in transformers' layout."""
-    rows, width = weight.shape
-    return weight.reshape(heads, rows // heads // 2, 2, width).swapaxes(1, 2).reshape(rows, width)
-
-
-_PARTS = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-
-
-def _hf_name(name: str) -> str:
-    fixed = {
-        "token_embd.weight": "model.embed_tokens.weight",
-        "output_norm.weight": "model.norm.weight",
-        "output.weight": "lm_head.weight",
-    }
-    if name in fixed:
-        return fixed[name]
-    _, layer, part, kind = name.split(".")  # blk.7.attn_q.weight
-    return f"model.layers.{layer}.{_PARTS[part]}.{kind}"
 
 
 def _write_config(meta: dict[str, Any], tied: bool, folder: Path) -> None:

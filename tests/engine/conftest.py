@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,11 @@ from transformers import (
 )
 
 from whispers_engine import Engine, Expert
+from whispers_engine.bench import measure
+from whispers_engine.cli.main import run
+from whispers_kernels import ops, reference
 
+Bench = Callable[..., tuple[int, str]]
 TEMPLATE = (
     "{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
@@ -181,3 +186,36 @@ def token_ids(tiny: Tiny, length: int, seed: int) -> list[int]:
     """Random ordinary tokens."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(len(SPECIAL), tiny.vocab, (length,), generator=generator).tolist()
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Bench:
+    """Runs a command line in this process, its samples as short as they can be; returns its status and what it printed."""
+    monkeypatch.setenv("COLUMNS", "250")
+    monkeypatch.setitem(measure._SAMPLE_MS, "cpu", 0.1)
+    monkeypatch.setattr(measure, "_SPAN_CPU", 1 << 18)
+    monkeypatch.setitem(measure._CEILING_SIZES, "cpu", (1 << 20, 64))
+
+    def command(*arguments: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["whispers", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            run()
+            raise SystemExit(0)
+        captured = capsys.readouterr()
+        assert "Traceback" not in captured.out + captured.err
+        return int(ended.value.code or 0), captured.out if ended.value.code in (
+            0,
+            None,
+        ) or captured.out else captured.err
+
+    return command
+
+
+@pytest.fixture
+def planted(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Callable[..., Any]], None]:
+    """Makes an implementation "cpp" that is the reference but for one operation."""
+
+    def plant(op: str, function: Callable[..., Any]) -> None:
+        monkeypatch.setitem(ops._IMPLS, "cpp", {**reference.IMPLS, op: function})
+
+    return plant

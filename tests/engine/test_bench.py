@@ -15,48 +15,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.engine.conftest import Bench
 from whispers_engine.bench import attention, kernels, llama, measure, peers, targets, throughput
-from whispers_engine.cli.main import run
-from whispers_kernels import ops, reference
+from whispers_kernels import reference
 
 ROOT = Path(__file__).parents[2]
 SWEEP = ("bench", "kernels", "--device", "cpu", "--heads", "4x2x16", "--experts", "1,3", "--context", "40,130")
 TINY = ("bench", "throughput", "--device", "cpu", "--shape", "tiny", "--context", "40", "--new-tokens", "4")
-
-Bench = Callable[..., tuple[int, str]]
-
-
-@pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Bench:
-    """Runs a command line in this process, its samples as short as they can be; returns its status and what it printed."""
-    monkeypatch.setenv("COLUMNS", "250")
-    monkeypatch.setitem(measure._SAMPLE_MS, "cpu", 0.1)
-    monkeypatch.setattr(measure, "_SPAN_CPU", 1 << 18)
-    monkeypatch.setitem(measure._CEILING_SIZES, "cpu", (1 << 20, 64))
-
-    def command(*arguments: str) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["whispers", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            run()
-            raise SystemExit(0)
-        captured = capsys.readouterr()
-        assert "Traceback" not in captured.out + captured.err
-        return int(ended.value.code or 0), captured.out if ended.value.code in (
-            0,
-            None,
-        ) or captured.out else captured.err
-
-    return command
-
-
-@pytest.fixture
-def planted(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Callable[..., Any]], None]:
-    """Makes an implementation "cpp" that is the reference but for one operation."""
-
-    def plant(op: str, function: Callable[..., Any]) -> None:
-        monkeypatch.setitem(ops._IMPLS, "cpp", {**reference.IMPLS, op: function})
-
-    return plant
 
 
 def one_per_cent_off(*args: Any) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,3 +39,41 @@ def judge(actual: Tensor, exact: Tensor, plain: Tensor, band: float, times: floa
     own = float((plain.double() - exact).abs().max())
     last_place = torch.finfo(actual.dtype).eps / 2 * float(exact.abs().max())
     return Verdict(float((actual.double() - exact).abs().max()), times * own + last_place + band)
+
+
+def judge_tokens(
+    tokens: Sequence[Sequence[int]],
+    logprobs: Sequence[Sequence[float]],
+    exact: Tensor,
+    plain: Tensor,
+    dtype: torch.dtype,
+    times: float = OURS,
+) -> dict[str, Any]:
+    """Whether greedy tokens are as likely as their log-probabilities say, and no better one was passed over.
+
+    The budget is so many times transformers' own error in this dtype, plus one rounding of the largest logit to it (in float32 1e-3,
+    since transformers in float32 is what we compare with).
+
+    Args:
+        tokens, logprobs: what was generated, `[E][n]`.
+        exact: float32 `[E, n, V]`, the distributions that these tokens were chosen from, as transformers finds them in float32.
+        plain: the same in `dtype`.
+
+    Returns:
+        ok, error, budget, and passed_over: by how much the best token was likelier than the chosen one, at most.
+    """
+    chosen = torch.tensor(tokens, device=exact.device)[..., None]  # [E, n, 1]
+    truth = exact.gather(-1, chosen)[..., 0]
+    own = float((plain.gather(-1, chosen)[..., 0] - truth).abs().max())
+    error = float((torch.tensor(logprobs, device=exact.device) - truth).abs().max())
+    passed_over = float((exact.amax(-1) - truth).max())
+    budget = times * own + rounding(exact, dtype)
+    ok = error <= budget and passed_over <= 2 * budget
+    return {"ok": ok, "error": error, "budget": budget, "passed_over": passed_over}
+
+
+def rounding(logprobs: Tensor, dtype: torch.dtype) -> float:
+    """One rounding of the largest logit to a dtype; in float32, what two correct orders of summation differ by in a whole model."""
+    if dtype == torch.float32:
+        return 1e-3
+    return torch.finfo(dtype).eps * float((logprobs.amax(-1) - logprobs.amin(-1)).max())

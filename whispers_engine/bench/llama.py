@@ -136,17 +136,17 @@ def transformers_model(shape: LlamaShape, weights: Weights) -> Any:
     )
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
-    model.load_state_dict(_names(shape, weights), strict=True, assign=True)
+    model.load_state_dict(named_weights(shape.config(), weights), strict=True, assign=True)
     # Not among the weights, and still without memory.
     model.model.rotary_emb = type(model.model.rotary_emb)(config=config).to(weights.norm.device)
     return model.eval().requires_grad_(False)
 
 
-def _names(shape: LlamaShape, weights: Weights) -> dict[str, Tensor]:
-    """transformers' names for the weights, the stacked ones taken apart."""
+def named_weights(config: ModelConfig, weights: Weights) -> dict[str, Tensor]:
+    """transformers' names for the weights of a model without biases, the stacked ones taken apart."""
     named = {"model.embed_tokens.weight": weights.embeddings, "model.norm.weight": weights.norm}
     named["lm_head.weight"] = weights.head
-    q_width, kv_width = shape.q_heads * shape.dim, shape.kv_heads * shape.dim
+    q_width, kv_width = config.q_heads * config.head_dim, config.kv_heads * config.head_dim
     for index, layer in enumerate(weights.layers):
         at = f"model.layers.{index}"
         named[f"{at}.input_layernorm.weight"] = layer.attn_norm

@@ -1,4 +1,4 @@
-"""Times, and the machine's two ceilings: what a copy moves a second, what a matrix product computes a second.
+"""Times, and the machine's two ceilings: what memory gives a second, what a matrix product computes a second.
 
 On a GPU a contender's launches are captured into one CUDA graph where that can be done, and its replays are timed with events, so that
 neither Python nor gaps between launches are in the numbers. Its inputs exist in several copies, used in turn, that together exceed
@@ -31,8 +31,16 @@ _SPAN_AT_MOST = 512 << 20
 _SPAN_CPU = 64 << 20
 _COPIES_AT_MOST = 512
 _NODES_AT_MOST = 4096  # launches in a graph
-_CEILING_SIZES = {"cuda": (1 << 30, 8192), "cpu": (1 << 26, 512)}  # bytes copied; rows and columns of the product
-_PACKAGES = ("whispers-engine", "triton", "transformers", "flashinfer-python", "flash-attn", "flash-attn-3")
+_CEILING_SIZES = {"cuda": (1 << 30, 8192), "cpu": (1 << 28, 1024)}  # bytes copied; rows and columns of the product
+_PACKAGES = (
+    "whispers-engine",
+    "triton",
+    "transformers",
+    "flashinfer-python",
+    "flash-attn",
+    "flash-attn-3",
+    "llama-cpp-python",
+)
 
 
 class Sampler(NamedTuple):
@@ -53,7 +61,7 @@ class Timing(NamedTuple):
 class Ceilings(NamedTuple):
     """What this machine reaches on nothing else to do."""
 
-    GB_s: float  # device-to-device copy, bytes read plus bytes written
+    GB_s: float  # copy, bytes read plus bytes written; on a CPU a sum's bytes read where that is more: steps read, and hardly write
     GFLOP_s: float  # square matrix product of random numbers
 
     def floor_ms(self, bytes_moved: float, flops: float = 0.0) -> float:
@@ -179,8 +187,12 @@ def ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
         "copy": sampler([lambda: target.copy_(source)], device),
         "matmul": sampler([lambda: torch.mm(left, right, out=product)], device),
     }
+    if device.type == "cpu":
+        samplers["read"] = sampler([source.view(torch.int64).sum], device)
     times = alternate(samplers)
-    return Ceilings(2 * source.nbytes / times["copy"].ms * 1e-6, 2.0 * size**3 / times["matmul"].ms * 1e-6)
+    rates = [2 * source.nbytes / times["copy"].ms * 1e-6]
+    rates += [source.nbytes / times["read"].ms * 1e-6] if "read" in times else []
+    return Ceilings(max(rates), 2.0 * size**3 / times["matmul"].ms * 1e-6)
 
 
 def free_memory(device: torch.device) -> int:

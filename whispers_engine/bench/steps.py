@@ -1,9 +1,9 @@
-"""Whole decode steps, ours and transformers': the same weights, contexts and soft prompts in, tokens and times out."""
+"""Whole decode steps of ours: contexts and soft prompts in, tokens and times out."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,11 +23,10 @@ from whispers_engine.scheduler import Scheduler
 from whispers_engine.weights import Weights
 from whispers_kernels.ops import check_impl
 
-from .llama import LlamaShape, transformers_model
+from .llama import LlamaShape
 
 SOFT_TOKENS, HEADER_TOKENS = 16, 4
 _FINGERPRINT = "random weights"
-_KINDS = ("dynamic", "static", "compiled")
 
 
 @dataclass
@@ -38,6 +37,11 @@ class Decoded:
     logprobs: list[list[float]] = field(default_factory=list)
     step_ms: list[float] = field(default_factory=list)
 
+    @classmethod
+    def of_steps(cls, steps: Sequence[Sequence[int]], step_ms: list[float]) -> Decoded:
+        """From the tokens of every step, `[new tokens][E]`."""
+        return cls([list(tokens) for tokens in zip(*steps, strict=True)], step_ms=step_ms)
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -46,6 +50,9 @@ class Prompt:
     context: list[int]
     header: list[int]
     soft: Tensor  # [E, m, hidden] float32
+    soft_ids: list[list[int]] | None = (
+        None  # [E][m] the tokens whose embeddings they are, for a peer that takes nothing else
+    )
 
     @classmethod
     def random(cls, shape: LlamaShape, weights: Weights, experts: int, context: int, seed: int = 0) -> Prompt:
@@ -56,12 +63,11 @@ class Prompt:
         soft = torch.randn(experts, SOFT_TOKENS, shape.hidden, generator=generator) * spread
         return cls(ids[:context], ids[context:], soft)
 
-    def embeds(self, weights: Weights, experts: int) -> Tensor:
-        """What transformers is given: the context once for each expert, `[E, context + m + header, hidden]`."""
-        table = weights.embeddings
-        context, header = (table[torch.tensor(ids, device=table.device)] for ids in (self.context, self.header))
+    def own_embeds(self, table: Tensor, experts: int) -> Tensor:
+        """What each expert adds to the context, `[E, m + header, hidden]` in the dtype of the embedding table `[V, hidden]`."""
+        header = table[torch.tensor(self.header, device=table.device)]
         soft = self.soft[:experts].to(table.device, table.dtype)
-        return torch.cat((context.expand(experts, -1, -1), soft, header.expand(experts, -1, -1)), dim=1)
+        return torch.cat((soft, header.expand(experts, -1, -1)), dim=1)
 
     def branch_keys(self, new_tokens: int) -> float:
         """Keys of one branch's own that a step reads, on the average over the steps."""
@@ -103,81 +109,39 @@ class Rig:
         """Answers the prompt with the first so many experts, greedily."""
         names = self._names[:experts]
         events: list[Event] = []
-        question = (self._prompt.context, self._prompt.header)
-        request = Request(question, experts=names, sampling=SamplingParams(max_tokens=new_tokens))
-        self._scheduler.add(self._intake.task(request, events.append))
-        out = Decoded([[] for _ in names], [[] for _ in names])
-        while self._scheduler.busy:
-            started = bool(out.tokens[0])
-            start = time.perf_counter()
-            self._scheduler.step()  # hands out tokens, and so ends when they are there
-            elapsed = (time.perf_counter() - start) * 1e3
-            tokens = [event for event in events if isinstance(event, Token)]
+        self._scheduler.add(self._intake.task(greedy(self._prompt, names, new_tokens), events.append))
+
+        def step() -> list[Event]:
             events.clear()
-            if started and len(tokens) == experts:
-                out.step_ms.append(elapsed)
-            for event in tokens:
-                assert event.expert is not None
-                row = names.index(event.expert)
-                out.tokens[row].append(event.token)
-                out.logprobs[row].append(event.logprob)
-        return out
+            self._scheduler.step()
+            return events
+
+        return timed(step, names, new_tokens)
 
 
-class Transformers:
-    """transformers' Llama over the same weights, a batch of E sequences that each hold the context.
+def greedy(prompt: Prompt, names: Sequence[str], new_tokens: int) -> Request:
+    """The prompt as a request to these experts; every branch runs to its last token, whatever the others say."""
+    sampling = SamplingParams(max_tokens=new_tokens)
+    return Request((prompt.context, prompt.header), experts=list(names), sampling=sampling, early_end=False)
 
-    Args:
-        kind: its cache: "dynamic" (grows by concatenation, the default of `generate`), "static", or "compiled": static, with the decode
-            step compiled and its CUDA graph replayed.
-        length: positions of a static cache.
-    """
 
-    def __init__(self, shape: LlamaShape, weights: Weights, kind: str = "dynamic", length: int = 0):
-        assert kind in _KINDS
-        self._model = transformers_model(shape, weights)
-        self._weights = weights
-        self._kind = kind
-        self._length = length
-        self._caches: dict[int, Any] = {}  # static ones, by batch: a compiled step keeps their addresses
-        self._step: Any = self._model
-        if kind == "compiled":
-            self._step = torch.compile(self._model, mode="reduce-overhead", dynamic=False)
-
-    def _cache(self, batch: int) -> Any:
-        from transformers import DynamicCache, StaticCache
-
-        if self._kind == "dynamic":
-            return DynamicCache(config=self._model.config)
-        if batch not in self._caches:
-            self._caches[batch] = StaticCache(config=self._model.config, max_cache_len=self._length)
-        self._caches[batch].reset()
-        return self._caches[batch]
-
-    @torch.inference_mode()
-    def decode(self, prompt: Prompt, experts: int, new_tokens: int) -> Decoded:
-        """Answers the prompt with the first so many experts, greedily."""
-        cache = self._cache(experts)
-        embeds = prompt.embeds(self._weights, experts)
-        first = self._model(inputs_embeds=embeds, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        chosen = first.logits[:, -1].argmax(-1, keepdim=True)  # [E, 1]
-        steps, step_ms = [chosen[:, 0].tolist()], []
-        for _ in range(1, new_tokens):
-            start = time.perf_counter()
-            logits = self._step(input_ids=chosen, past_key_values=cache, use_cache=True).logits
-            chosen = logits[:, -1].argmax(-1, keepdim=True)
-            steps.append(chosen[:, 0].tolist())  # tokens are handed out, as they are in ours
-            step_ms.append((time.perf_counter() - start) * 1e3)
-        return Decoded([list(tokens) for tokens in zip(*steps, strict=True)], step_ms=step_ms)
-
-    @torch.inference_mode()
-    def logprobs(self, prompt: Prompt, tokens: Sequence[Sequence[int]]) -> Tensor:
-        """The distributions that these tokens were chosen from, all of them given: float32 `[E, new tokens, V]`."""
-        table = self._weights.embeddings
-        given = table[torch.tensor(tokens, device=table.device)[:, :-1]]  # [E, n - 1, hidden]
-        embeds = torch.cat((prompt.embeds(self._weights, len(tokens)), given), dim=1)
-        logits = self._model(inputs_embeds=embeds, logits_to_keep=len(tokens[0])).logits
-        return logits.float().log_softmax(-1)
+def timed(step: Callable[[], Sequence[Event]], names: Sequence[str], new_tokens: int) -> Decoded:
+    """Runs the engine's steps until every branch has its tokens; times those in which all of them advance."""
+    rows = {name: row for row, name in enumerate(names)}
+    out = Decoded([[] for _ in names], [[] for _ in names])
+    while any(len(tokens) < new_tokens for tokens in out.tokens):
+        started = bool(out.tokens[0])
+        start = time.perf_counter()
+        events = step()  # hands out tokens, and so ends when they are there
+        elapsed = (time.perf_counter() - start) * 1e3
+        tokens = [event for event in events if isinstance(event, Token)]
+        if started and len(tokens) == len(names):
+            out.step_ms.append(elapsed)
+        for event in tokens:
+            assert event.expert is not None
+            out.tokens[rows[event.expert]].append(event.token)
+            out.logprobs[rows[event.expert]].append(event.logprob)
+    return out
 
 
 def _tokenizer(vocab: int) -> Any:

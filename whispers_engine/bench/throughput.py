@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import chain
 from typing import Any, cast
 
 import torch
 
 from whispers_engine.errors import WhispersError
 
-from .check import OURS
-from .llama import SHAPES, LlamaShape, as_dtype, random_weights, weight_bytes
-from .measure import Ceilings, Timing, ceilings, environment, first_line, implementation, rounded, summary
-from .steps import SOFT_TOKENS, Decoded, Prompt, Rig, Transformers
+from .check import judge_tokens
+from .contest import OURS, in_turn, share_equal
+from .hf import SHORT, Transformers
+from .llama import SHAPES, LlamaShape, as_dtype, random_weights, transformers_model, weight_bytes
+from .measure import Ceilings, Timing, ceilings, environment, implementation, rounded, summary
+from .steps import SOFT_TOKENS, Decoded, Prompt, Rig
 
 PEERS = {"transformers": "dynamic", "transformers-static": "static", "transformers-compiled": "compiled"}
-_SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _ROUNDS = 2  # of all steps, alternately
 _CHECKED = (3, 100, 8)  # experts, context, new tokens: three experts over more than one page
 
@@ -77,32 +80,17 @@ def run_throughput(
 
 
 def check(shape: LlamaShape, dtype: torch.dtype, device: torch.device, impl: str) -> Report:
-    """Two layers of the shape: the tokens that the engine generates, as likely as transformers finds them in float32.
-
-    The budget is the house's: twice transformers' own error in this dtype, plus one rounding of the largest logit to it (in float32
-    1e-3, since transformers in float32 is what we compare with).
-    """
+    """Two layers of the shape: the tokens that the engine generates, as likely as transformers finds them in float32."""
     experts, context, new_tokens = _CHECKED
     shallow = shape.shallow()
     weights = random_weights(shallow, dtype, device, seed=1)
     prompt = Prompt.random(shallow, weights, experts, context, seed=1)
     ours = Rig(shallow, weights, prompt, new_tokens, impl).decode(experts, new_tokens)
-    exact = Transformers(shallow, as_dtype(weights, torch.float32)).logprobs(prompt, ours.tokens)
-    plain = Transformers(shallow, weights).logprobs(prompt, ours.tokens)
-    chosen = torch.tensor(ours.tokens, device=device)[..., None]  # [E, n, 1]
-    truth = exact.gather(-1, chosen)[..., 0]
-    own = float((plain.gather(-1, chosen)[..., 0] - truth).abs().max())
-    band = 1e-3 if dtype == torch.float32 else torch.finfo(dtype).eps * float((exact.amax(-1) - exact.amin(-1)).max())
-    error = float((torch.tensor(ours.logprobs, device=device) - truth).abs().max())
-    missed = float((exact.amax(-1) - truth).max())  # by how much a better token was passed over
-    budget = OURS * own + band
-    return {
-        "layers": shallow.layers,
-        "ok": error <= budget and missed <= 2 * budget,
-        "error": error,
-        "budget": budget,
-        "passed_over": missed,
-    }
+    exact, plain = (
+        Transformers(transformers_model(shallow, these)).logprobs(prompt, ours.tokens)
+        for these in (as_dtype(weights, torch.float32), weights)
+    )
+    return {"layers": shallow.layers, **judge_tokens(ours.tokens, ours.logprobs, exact, plain, dtype)}
 
 
 def _measure(
@@ -121,16 +109,16 @@ def _measure(
     prompt = Prompt.random(shape, weights, max(experts), context)
     length = len(prompt.context) + SOFT_TOKENS + len(prompt.header) + new_tokens
     rig = Rig(shape, weights, prompt, new_tokens, impl)
-    runs: dict[str, Callable[[int, int], Decoded]] = {"ours": rig.decode}
+    runs: dict[str, Callable[[int, int], Decoded]] = {OURS: rig.decode}
     for name in peers:
-        model = Transformers(shape, weights, PEERS[name], length)
-        runs[f"{name}-{_SHORT[dtype]}"] = lambda e, n, model=model: model.decode(prompt, e, n)  # type: ignore[misc]
+        model = Transformers(transformers_model(shape, weights), PEERS[name], length)
+        runs[f"{name}-{SHORT[dtype]}"] = partial(model.decode, prompt)
     results: list[Report] = []
     for size in experts:
         times, left_out, equal = _alternate(runs, size, new_tokens, progress)
         moved = weight_bytes(weights) + _cache_bytes(shape, dtype, context + size * prompt.branch_keys(new_tokens))
         floor = top.floor_ms(moved)
-        ours = times.pop("ours")
+        ours = times.pop(OURS)
         results.append(
             {
                 "op": "decode_step",
@@ -163,34 +151,18 @@ def _alternate(
     runs: dict[str, Callable[[int, int], Decoded]], experts: int, new_tokens: int, progress: Callable[[str], None]
 ) -> tuple[dict[str, Timing], dict[str, str], dict[str, float]]:
     """All contenders in turn: times, those that failed and why, and the share of tokens on which each peer agrees with us."""
-    times: dict[str, list[float]] = {}
-    left_out: dict[str, str] = {}
     tokens: dict[str, list[list[int]]] = {}
-    for round_ in range(-1, _ROUNDS):  # the first warms up
-        for name, run in runs.items():
-            if name in left_out:
-                continue
-            progress(f"{experts} experts, {name}{', warm-up' if round_ < 0 else ''}")
-            try:
-                decoded = run(experts, new_tokens)
-            except Exception as error:
-                if name == "ours":
-                    raise
-                left_out[name] = first_line(error)
-                times.pop(name, None)
-                continue
-            tokens[name] = decoded.tokens
-            if round_ >= 0:
-                times.setdefault(name, []).extend(decoded.step_ms)
-    equal = {
-        name: sum(
-            a == b for mine, peer in zip(tokens["ours"], theirs, strict=True) for a, b in zip(mine, peer, strict=True)
-        )
-        / (experts * new_tokens)
-        for name, theirs in tokens.items()
-        if name != "ours" and name in times
-    }
-    return {name: summary(values, "clock") for name, values in times.items()}, left_out, equal
+
+    def steps(name: str) -> list[float]:
+        decoded = runs[name](experts, new_tokens)
+        tokens[name] = decoded.tokens
+        return decoded.step_ms
+
+    times, left_out = in_turn(
+        {name: partial(steps, name) for name in runs}, _ROUNDS, lambda what: progress(f"{experts} experts, {what}")
+    )
+    equal = {name: share_equal(tokens[OURS], tokens[name]) for name in times if name != OURS}
+    return {name: summary(list(chain(*rounds)), "clock") for name, rounds in times.items()}, left_out, equal
 
 
 def _cache_bytes(shape: LlamaShape, dtype: torch.dtype, keys: float) -> float:

@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
-from whispers_engine.errors import WhispersError
-
+from . import bench_base
+from .bench_common import (
+    DtypeOption,
+    PeersOption,
+    command_line,
+    device_named,
+    dtype_named,
+    integers,
+    names,
+    ratio_cell,
+    show_left_out,
+    show_machine,
+    table_of,
+)
 from .common import DeviceOption, ImplOption, JsonOption, err, out, print_json
 
-if TYPE_CHECKING:
-    import torch
-
 app = typer.Typer(no_args_is_help=True, help="Measure, always beside what a user would otherwise run.")
-
-DtypeOption = Annotated[
-    str, typer.Option("--dtype", help="float32, bfloat16, float16. auto: bfloat16 on a GPU, else float32.")
-]
-PeersOption = Annotated[
-    str | None, typer.Option("--peers", help="Names, with commas between. Default: all that run here.")
-]
+app.command()(bench_base.decode)
+app.command()(bench_base.prefill)
 
 
 @app.command()
@@ -53,19 +55,19 @@ def kernels(
 
     if plot is not None:
         plots.check_plot(plot)
-    where = _device(device)
+    where = device_named(device)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=err, transient=True) as bar:
         task = bar.add_task("", total=None)
         report = bench.run_kernels(
             where,
-            _dtype(dtype, where),
-            _command(),
+            dtype_named(dtype, where),
+            command_line(),
             impl=impl,
-            experts=_integers("--experts", experts),
-            contexts=_integers("--context", context),
-            heads=_names(heads),
-            peers=_names(peers),
+            experts=integers("--experts", experts),
+            contexts=integers("--context", context),
+            heads=names(heads),
+            peers=names(peers),
             ops=ops,
             seconds=seconds,
             progress=lambda what, done, total: bar.update(task, description=what, completed=done, total=total),
@@ -96,18 +98,18 @@ def throughput(
     """Decode steps of a whole random Llama, beside transformers with the same weights."""
     from whispers_engine.bench.throughput import run_throughput
 
-    where = _device(device)
+    where = device_named(device)
     with err.status("throughput") as status:
         report = run_throughput(
             where,
-            _dtype(dtype, where),
-            _command(),
+            dtype_named(dtype, where),
+            command_line(),
             shape=shape,
-            experts=_integers("--experts", experts) or [],
+            experts=integers("--experts", experts) or [],
             context=context,
             new_tokens=new_tokens,
             impl=impl,
-            peers=_names(peers),
+            peers=names(peers),
             progress=lambda what: status.update(what),
         )
     if json:
@@ -118,56 +120,22 @@ def throughput(
         raise typer.Exit(1)
 
 
-# --- arguments ---------------------------------------------------------------------------------------------------------------------
-
-
-def _device(name: str) -> torch.device:
-    from whispers_engine.engine import device_of as resolve
-
-    return resolve(name)
-
-
-def _dtype(name: str, device: torch.device) -> torch.dtype:
-    from whispers_engine.config import DTYPES
-
-    if name == "auto":
-        name = "bfloat16" if device.type == "cuda" else "float32"
-    if name not in DTYPES:
-        raise WhispersError(f"--dtype {name!r}; accepted: auto, {', '.join(DTYPES)}")
-    return DTYPES[name]
-
-
-def _names(text: str | None) -> list[str] | None:
-    return None if text is None else [name.strip() for name in text.split(",") if name.strip()]
-
-
-def _integers(option: str, text: str | None) -> list[int] | None:
-    names = _names(text)
-    if names is None:
-        return None
-    if not names or not all(name.isdecimal() for name in names):
-        raise WhispersError(f"{option} {text!r}; accepted: integers with commas between")
-    return [int(name) for name in names]
-
-
-def _command() -> str:
-    return " ".join(["whispers", *sys.argv[1:]])
-
-
 # --- tables for people -------------------------------------------------------------------------------------------------------------
 
 
 def _show_kernels(report: dict[str, Any]) -> None:
     results = report["results"]
-    _show_machine(report)
+    show_machine(report)
     attention = [result for result in results if result["op"] == "committee_attention"]
     others = [result for result in results if result["op"] != "committee_attention"]
     peers = list(dict.fromkeys(name for result in attention for name in result.get("peers", {})))
-    table = _table(f"decode attention, {report['impl']}", "heads", "E", "S", *_RATES, *(f"x {name}" for name in peers))
+    table = table_of(
+        f"decode attention, {report['impl']}", "heads", "E", "S", *_RATES, *(f"x {name}" for name in peers)
+    )
     for result in attention:
         table.add_row(result["heads"], str(result["experts"]), str(result["context"]), *_cells(result, peers))
     out.print(table)
-    crossovers = _table("no slower than every peer from S on", "heads", "E", "S")
+    crossovers = table_of("no slower than every peer from S on", "heads", "E", "S")
     for crossover in report["crossover"]:
         begin = crossover["context"]
         crossovers.add_row(
@@ -176,15 +144,15 @@ def _show_kernels(report: dict[str, Any]) -> None:
     out.print(crossovers)
     if others:
         peers = list(dict.fromkeys(name for result in others for name in result.get("peers", {})))
-        table = _table("small operations", "operation", "rows and width", *_RATES, *(f"x {name}" for name in peers))
+        table = table_of("small operations", "operation", "rows and width", *_RATES, *(f"x {name}" for name in peers))
         for result in others:
             table.add_row(result["op"], result["shape"], *_cells(result, peers))
         out.print(table)
-    _show_left_out(results, report["left_out"])
+    show_left_out(results, report["left_out"])
 
 
 def _show_throughput(report: dict[str, Any]) -> None:
-    _show_machine(report)
+    show_machine(report)
     checked = report["check"]
     if not checked["ok"]:
         out.print(
@@ -193,7 +161,7 @@ def _show_throughput(report: dict[str, Any]) -> None:
         return
     peers = list(dict.fromkeys(name for result in report["results"] for name in result["peers"]))
     columns = ("shape", "E", "S", "ms a step", "tokens/s", "GB/s", "floor", "/ one expert")
-    table = _table(f"decode steps, {report['impl']}", *columns, *(f"x {name}" for name in peers))
+    table = table_of(f"decode steps, {report['impl']}", *columns, *(f"x {name}" for name in peers))
     for result in report["results"]:
         over = result["over_one_expert"]
         table.add_row(
@@ -205,10 +173,10 @@ def _show_throughput(report: dict[str, Any]) -> None:
             f"{result['GB_s']:.4g}",
             f"{result['floor_share']:.0%}",
             "" if over is None else f"{over:.2f}",
-            *(_ratio(result, name) for name in peers),
+            *(ratio_cell(result, name) for name in peers),
         )
     out.print(table)
-    _show_left_out(report["results"], [])
+    show_left_out(report["results"], [])
 
 
 _RATES = ("us", "GB/s", "TFLOP/s", "floor")
@@ -221,38 +189,4 @@ def _cells(result: dict[str, Any], peers: list[str]) -> list[str]:
         error = "NaN" if result["error"] is None else f"{result['error']:.1e}"
         return [f"WRONG: error {error}, budget {result['budget']:.1e}"]
     numbers = [f"{result['ours_ms'] * 1e3:.4g}", f"{result['GB_s']:.4g}", f"{result['TFLOP_s']:.3g}"]
-    return [*numbers, f"{result['floor_share']:.0%}", *(_ratio(result, name) for name in peers)]
-
-
-def _ratio(result: dict[str, Any], peer: str) -> str:
-    return f"{result['peers'][peer]['ratio']:.2f}" if peer in result["peers"] else "-"
-
-
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold")
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
-    return table
-
-
-def _show_machine(report: dict[str, Any]) -> None:
-    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
-    out.print(f"{report['device']}; {versions}", soft_wrap=True)
-    if "ceilings" in report:
-        top = report["ceilings"]
-        out.print(
-            f"a copy moves {top['GB_s']:.4g} GB/s, a matrix product computes {top['GFLOP_s']:.4g} GFLOP/s",
-            soft_wrap=True,
-        )
-
-
-def _show_left_out(results: list[dict[str, Any]], not_begun: list[str]) -> None:
-    """Every reason once, with how often."""
-    reasons: dict[str, int] = {}
-    for result in results:
-        for name, reason in result.get("left_out", {}).items():
-            reasons[f"{name}: {reason}"] = reasons.get(f"{name}: {reason}", 0) + 1
-    for reason, count in reasons.items():
-        out.print(f"left out, {count} of {len(results)}: {reason}", style="dim", soft_wrap=True)
-    if not_begun:
-        out.print(f"not begun, the time was over: {'; '.join(not_begun)}", style="dim", soft_wrap=True)
+    return [*numbers, f"{result['floor_share']:.0%}", *(ratio_cell(result, name) for name in peers)]
