@@ -33,6 +33,13 @@ from whispers_engine.router_fit import fit_features, fit_router, read_examples
 EXAMPLES = Path(__file__).parents[1] / "examples"
 POOLINGS = ("own words", "all tokens", "last own word", "last token")
 PLAIN = "What do people usually eat for breakfast?"  # names nothing: what its profile says decides
+# Names a country once, near its beginning.
+FAR = (
+    "Yesterday my friend and I had a long talk about food, and we could not agree on anything at all. She comes from {culture}, and "
+    "she told me many stories about her family, her school, and the small shop of her uncle. Now I want to cook something for her "
+    "birthday, but I only have an hour, one pot, and a small kitchen, and two of our guests do not eat meat. What should I cook so "
+    "that she feels at home?"
+)
 PREFILL = 200  # tokens
 ROUNDS = 41
 console = Console(stderr=True)
@@ -70,6 +77,7 @@ def by_layer_and_pooling(engine: Engine, layers: Sequence[int]) -> list[dict[str
     cultures = {engine.expert(name).culture or name: name for name in engine.experts}
     profiles = features([profile_text({"country": culture}) for culture in cultures], "profiles")
     plain = features([PLAIN], "profile alone")[0]
+    far = features([FAR.format(culture=culture) for culture in cultures], "named once")
     results = []
     for layer in layers:
         for at, pooling in enumerate(POOLINGS):
@@ -85,6 +93,7 @@ def by_layer_and_pooling(engine: Engine, layers: Sequence[int]) -> list[dict[str
                 for names, rows in test.items():
                     if names is not None:
                         row[names] = accuracy(route, asked[names][:, layer, at], [want for _, want in rows])
+                row["far"] = accuracy(route, far[:, layer, at], list(cultures.values()))
                 query = plain[layer, at]
                 found = [route(query, profile) for profile in profiles[:, layer, at]]
                 row["profile_alone"] = sum(

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from hypothesis import strategies as st
 from tests.engine.conftest import Tiny, kv_prompt, soft_prompt, token_ids
 from whispers_engine import Engine, Expert, SamplingParams
 from whispers_engine.aggregate import Ballot, normalise, tally
+from whispers_kernels import pool_logits
 
 
 @dataclass(frozen=True)
@@ -370,3 +372,26 @@ def test_delegate_runs_the_heaviest_alone(split: Split, free: bool) -> None:
     assert (got.text, got.agreement, got.diversity_entropy) == (alone.text, 1.0, 0.0)
     for key in ("context_tokens", "branch_tokens", "generated_tokens"):
         assert got.usage[key] == alone.usage[key]
+
+
+def test_the_worked_numbers_of_the_docs() -> None:
+    """`docs/aggregation.md` shows three experts under each rule."""
+    page = (Path(__file__).parents[2] / "docs" / "aggregation.md").read_text(encoding="utf-8")
+    shares = torch.tensor([0.5, 0.3, 0.2])
+    logits = torch.tensor([[0.40, 0.35, 0.25], [0.30, 0.60, 0.10], [0.05, 0.15, 0.80]]).log()
+    one = torch.tensor([0, 3], dtype=torch.int32)
+
+    def pooled(logits: torch.Tensor, rule: str) -> str:
+        return " | ".join(f"{value:.3f}" for value in pool_logits(logits, shares, one, rule)[0].exp().tolist())
+
+    outcome = tally([Ballot(f"e{at}", float(w), at, -1.0) for at, w in enumerate(shares.tolist())])
+    assert f"agreement {outcome.agreement:.2f}, entropy {outcome.diversity_entropy:.3f} bits" in page
+    for rule in ("mixture", "product"):
+        assert f"| `{rule}` | {pooled(logits, rule)} |" in page
+    doubted = logits.clone()
+    doubted[1, 2] = math.log(0.001)
+    # The table's row is no distribution any more; the pools are of what the docs say, so nothing is normalised before.
+    linear = float(shares @ doubted.exp()[:, 2])
+    weights = (shares @ doubted).exp()
+    assert f"from 0.315 to {linear:.3f} in the mixture" in page
+    assert f"from 0.289 to {float(weights[2] / weights.sum()):.3f} in the product" in page.replace("\n", " ")
