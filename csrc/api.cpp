@@ -28,10 +28,9 @@ void choices(Choice (&found)[3]) {
 #endif
 
 template <class Args>
-int call(const void* args, void (*Kernels::*operation)(const Args&, Team&)) {
+int call(const void* args, bool (*Kernels::*operation)(const Args&, Team&)) {
   Turn turn;
-  (g_kernels->*operation)(*static_cast<const Args*>(args), turn.team);
-  return 0;
+  return (g_kernels->*operation)(*static_cast<const Args*>(args), turn.team) ? 0 : 2;
 }
 
 }  // namespace
@@ -74,4 +73,8 @@ WHISPERS_API int64_t whispers_threads() { return Team::instance().size(); }
 WHISPERS_API void whispers_set_threads(int64_t threads) { Team::resize(static_cast<int>(threads)); }
 
 // Each operation takes a struct of args.h. 0: done; 2: no memory for its scratch.
+WHISPERS_API int whispers_embed_rows(const void* args) { return call(args, &Kernels::embed_rows); }
+WHISPERS_API int whispers_rms_norm(const void* args) { return call(args, &Kernels::rms_norm); }
+WHISPERS_API int whispers_rope_and_store(const void* args) { return call(args, &Kernels::rope_and_store); }
 WHISPERS_API int whispers_silu_mul(const void* args) { return call(args, &Kernels::silu_mul); }
+WHISPERS_API int whispers_pool_logits(const void* args) { return call(args, &Kernels::pool_logits); }

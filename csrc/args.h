@@ -5,10 +5,60 @@
 
 namespace whispers {
 
+struct EmbedRows {
+  const int64_t* ids;  // [rows]; from `vocabulary` on, rows of `soft`
+  const void* table;   // [vocabulary, hidden]
+  const void* soft;    // [*, hidden], or null
+  void* out;           // [rows, hidden], in the table's dtype
+  int64_t rows, vocabulary, hidden, table_row, soft_row, dtype, soft_dtype;
+};
+
+struct RmsNorm {
+  const void* x;         // [rows, width]
+  const void* residual;  // the same, or null
+  const void* weight;    // [width]
+  void* out;             // [rows, width]
+  void* total;           // [rows, width] x + residual, where there is one
+  int64_t rows, width, x_row, residual_row, dtype, weight_dtype;
+  double eps;
+};
+
+// Strides of pages [N, page_size, kv_heads, dim]; the last is 1.
+struct PageLayout {
+  int64_t page, token, head;
+};
+
+struct RopeAndStore {
+  const void* q;            // [rows, q_heads, dim]
+  const void* k;            // [rows, kv_heads, dim]
+  const void* v;            // the same
+  const float* cos;         // [rows, dim / 2]
+  const float* sin;         // the same
+  const int64_t* slots;     // [rows]; -1: not stored
+  void* out;                // [rows, q_heads, dim]
+  void* k_pages;            // [N, page_size, kv_heads, dim]
+  void* v_pages;            // the same
+  float* k_scale;           // [N, page_size, kv_heads], for fp8 pages
+  float* v_scale;           // the same
+  int64_t rows, q_heads, kv_heads, dim, page_size, q_row, q_head, k_row, k_head, v_row, v_head, angle_row;
+  PageLayout k_layout, v_layout;
+  int64_t dtype, page_dtype;
+};
+
 struct SiluMul {
   const void* gate_up;  // [rows, 2 width], gate first
   void* out;            // [rows, width]
   int64_t rows, width, row_stride, dtype;
+};
+
+enum PoolRule : int64_t { kMixture = 0, kProduct = 1 };
+
+struct PoolLogits {
+  const void* logits;        // [rows, vocabulary]
+  const float* weights;      // [rows]; a row of weight 0 is left out
+  const int32_t* group_ptr;  // [groups + 1]
+  float* out;                // [groups, vocabulary]
+  int64_t rows, vocabulary, groups, row_stride, dtype, rule;
 };
 
 }  // namespace whispers

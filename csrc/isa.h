@@ -1,5 +1,5 @@
-// The table of operations that each instruction set fills in. An operation's entry holds the team already, is not reentrant, and runs to
-// its end: `whispers_*` in api.cpp are what others call.
+// The table of operations that each instruction set fills in. Whoever calls an operation's entry holds the team; it
+// runs to its end. `whispers_*` in api.cpp are what others call.
 #pragma once
 
 #include "args.h"
@@ -9,7 +9,12 @@ namespace whispers {
 
 struct Kernels {
   const char* name;
-  void (*silu_mul)(const SiluMul&, Team&);
+  // False: no memory for scratch.
+  bool (*embed_rows)(const EmbedRows&, Team&);
+  bool (*rms_norm)(const RmsNorm&, Team&);
+  bool (*rope_and_store)(const RopeAndStore&, Team&);
+  bool (*silu_mul)(const SiluMul&, Team&);
+  bool (*pool_logits)(const PoolLogits&, Team&);
 };
 
 #if defined(WHISPERS_X86)

@@ -29,4 +29,13 @@ inline void with_dtype(int64_t dtype, F&& f) {
   }
 }
 
+template <class F>
+inline void with_page_dtype(int64_t dtype, F&& f) {
+  if (dtype == kFp8) {
+    f(Fp8{});
+  } else {
+    with_dtype(dtype, f);
+  }
+}
+
 }  // namespace whispers::WHISPERS_ISA

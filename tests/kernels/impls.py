@@ -17,8 +17,13 @@ import pytest
 import torch
 from torch import Tensor
 
-IMPLS = ("reference", "triton")
-_SKIP = {"triton": pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")}
+from whispers_kernels import available_impls
+
+IMPLS = ("reference", "triton", "cpp")
+_SKIP = {
+    "triton": pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton"),
+    "cpp": pytest.mark.skipif("cpp" not in available_impls(), reason="needs the C++ kernels"),
+}
 
 
 def device_of(impl: str) -> torch.device:
@@ -30,6 +35,8 @@ def dtypes_of(impl: str) -> tuple[torch.dtype, ...]:
     """The dtypes that an implementation computes in here."""
     if impl == "reference":
         return (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+    if impl == "cpp":
+        return (torch.float32, torch.bfloat16, torch.float16)
     bf16 = (torch.bfloat16,) if device_of(impl).type == "cuda" else ()
     return (torch.float32, torch.float16, *bf16)
 

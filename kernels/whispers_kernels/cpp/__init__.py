@@ -4,10 +4,15 @@ Importing raises `Unavailable`, with the reason, where they were not built or th
 """
 
 from .library import Unavailable, isa, isas, num_threads, set_num_threads
-from .small_ops import silu_mul
+from .small_ops import add_rms_norm, embed_rows, pool_logits, rms_norm, rope_and_store, silu_mul
 
 __all__ = ["IMPLS", "Unavailable", "isa", "isas", "num_threads", "set_num_threads"]
 
 IMPLS = {
+    "embed_rows": embed_rows,
+    "rms_norm": rms_norm,
+    "add_rms_norm": add_rms_norm,
+    "rope_and_store": rope_and_store,
     "silu_mul": silu_mul,
+    "pool_logits": pool_logits,
 }

@@ -122,3 +122,23 @@ def address(tensor: Tensor | None) -> int:
 def dense(tensor: Tensor) -> Tensor:
     """With a last dimension whose elements are neighbours: the tensor itself, or a copy."""
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()
+
+
+def page_layout(pages: Tensor) -> tuple[int, int, int]:
+    """Strides of its pages, tokens and heads."""
+    page, token, head, _ = pages.stride()
+    return page, token, head
+
+
+def check_pages(k_pages: Tensor, v_pages: Tensor, k_scale: Tensor | None, v_scale: Tensor | None) -> None:
+    """Refuses pools that the kernels do not read in place.
+
+    Raises:
+        ValueError: heads whose numbers are not neighbours, scales that are not contiguous.
+    """
+    for name, store in (("k_pages", k_pages), ("v_pages", v_pages)):
+        if store.stride(3) != 1 and store.shape[3] > 1:
+            raise ValueError(f"impl='cpp': {name}: strides {store.stride()}; accepted: the last one 1")
+    for name, factor in (("k_scale", k_scale), ("v_scale", v_scale)):
+        if factor is not None and not factor.is_contiguous():
+            raise ValueError(f"impl='cpp': {name}: strides {factor.stride()}; accepted: a contiguous tensor")
