@@ -73,6 +73,7 @@ WHISPERS_API int64_t whispers_threads() { return Team::instance().size(); }
 WHISPERS_API void whispers_set_threads(int64_t threads) { Team::resize(static_cast<int>(threads)); }
 
 // Each operation takes a struct of args.h. 0: done; 2: no memory for its scratch.
+WHISPERS_API int whispers_committee_attention(const void* args) { return call(args, &Kernels::committee_attention); }
 WHISPERS_API int whispers_embed_rows(const void* args) { return call(args, &Kernels::embed_rows); }
 WHISPERS_API int whispers_rms_norm(const void* args) { return call(args, &Kernels::rms_norm); }
 WHISPERS_API int whispers_rope_and_store(const void* args) { return call(args, &Kernels::rope_and_store); }

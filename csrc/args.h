@@ -28,6 +28,34 @@ struct PageLayout {
   int64_t page, token, head;
 };
 
+struct Attention {
+  const void* q;        // [rows, q_heads, dim]
+  const void* k_pages;  // [N, page_size, kv_heads, dim]
+  const void* v_pages;  // the same
+  const float* k_scale;  // [N, page_size, kv_heads], for fp8 pages
+  const float* v_scale;  // the same
+  void* out;             // [rows, q_heads, dim]
+  float* lse;            // [rows, q_heads], or null
+  const int32_t* position;  // [rows]; this and the next four: of the plan
+  const int32_t* page_ptr;
+  const int32_t* pages;
+  const int32_t* length;
+  const int32_t* key_begin;
+  const int32_t* header;  // items, rows to merge; this and the rest: of the schedule
+  const int32_t* items;   // [items, 6] row_begin, row_end, part_begin, part_end, slot, in_place
+  const int32_t* parts;   // [*, 3] segment, first key, key after the last
+  const int32_t* merge_rows;
+  const int32_t* merge_ptr;
+  const int32_t* merge_slots;
+  int64_t q_heads, kv_heads, dim, page_size, tile_rows, slots;
+  int64_t q_row, q_head;
+  PageLayout k_layout, v_layout;
+  int64_t dtype, page_dtype;
+  int64_t window;  // 0: none
+  double scale;
+  double softcap;  // 0: none
+};
+
 struct RopeAndStore {
   const void* q;            // [rows, q_heads, dim]
   const void* k;            // [rows, kv_heads, dim]

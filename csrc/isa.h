@@ -10,6 +10,7 @@ namespace whispers {
 struct Kernels {
   const char* name;
   // False: no memory for scratch.
+  bool (*committee_attention)(const Attention&, Team&);
   bool (*embed_rows)(const EmbedRows&, Team&);
   bool (*rms_norm)(const RmsNorm&, Team&);
   bool (*rope_and_store)(const RopeAndStore&, Team&);

@@ -1,6 +1,7 @@
 // Everything that is compiled once for each instruction set; fills in a `Kernels` table.
 #pragma once
 
+#include "attention.h"
 #include "embed_rows.h"
 #include "isa.h"
 #include "pool_logits.h"
@@ -21,6 +22,10 @@ bool on_team(const Args& args, Team& team, int64_t numbers, int64_t each = 0, in
   return true;
 }
 
+inline bool run_attention(const Attention& a, Team& team) {
+  const int64_t tasks = a.header[0] * a.kv_heads;
+  return on_team<Attention, committee_attention>(a, team, tasks < 2 ? 0 : 1 << 14, attention_scratch(a), partials_bytes(a));
+}
 inline bool run_embed_rows(const EmbedRows& a, Team& team) { return on_team<EmbedRows, embed_rows>(a, team, a.rows * a.hidden); }
 inline bool run_rms_norm(const RmsNorm& a, Team& team) { return on_team<RmsNorm, rms_norm>(a, team, a.rows * a.width); }
 inline bool run_silu_mul(const SiluMul& a, Team& team) { return on_team<SiluMul, silu_mul>(a, team, a.rows * a.width); }
@@ -37,6 +42,7 @@ namespace whispers {
 
 const Kernels WHISPERS_TABLE = {
     WHISPERS_NAME,
+    WHISPERS_ISA::run_attention,
     WHISPERS_ISA::run_embed_rows,
     WHISPERS_ISA::run_rms_norm,
     WHISPERS_ISA::run_rope_and_store,

@@ -62,6 +62,7 @@ inline void store(float* p, Vec x, int64_t n) { _mm512_mask_storeu_ps(p, first(n
 inline void store(Bf16* p, Vec x, int64_t n) { _mm256_mask_storeu_epi16(p, first(n), narrow(x, Bf16{})); }
 inline void store(F16* p, Vec x, int64_t n) { _mm256_mask_storeu_epi16(p, first(n), narrow(x, F16{})); }
 
+inline float first_of(Vec x) { return _mm512_cvtss_f32(x); }
 inline float sum(Vec x) { return _mm512_reduce_add_ps(x); }
 inline float largest(Vec x) { return _mm512_reduce_max_ps(x); }
 
@@ -139,6 +140,7 @@ inline void store(T* p, Vec x, int64_t n) {
   edge.write(p, n);
 }
 
+inline float first_of(Vec x) { return _mm256_cvtss_f32(x); }
 inline float sum(Vec x) {
   __m128 half = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
   half = _mm_add_ps(half, _mm_movehl_ps(half, half));
@@ -164,6 +166,49 @@ inline Vec mantissa_of(Vec x) {
   return as_vec(_mm256_or_si256(_mm256_and_si256(as_bits(x), splat_bits(0x7fffff)), splat_bits(0x3f800000)));
 }
 
+#endif
+
+// Transposes W vectors of W words: lane i of vector j becomes lane j of vector i.
+#if WHISPERS_LEVEL >= 1
+inline void transpose(Vec (&x)[W]) {
+  Vec t[W];
+#pragma GCC unroll 16
+  for (int i = 0; i < W; i += 4) {  // 4 by 4 within each 128 bits
+    const __m512d a = _mm512_castps_pd(_mm512_unpacklo_ps(x[i], x[i + 1])), b = _mm512_castps_pd(_mm512_unpackhi_ps(x[i], x[i + 1]));
+    const __m512d c = _mm512_castps_pd(_mm512_unpacklo_ps(x[i + 2], x[i + 3])), d = _mm512_castps_pd(_mm512_unpackhi_ps(x[i + 2], x[i + 3]));
+    t[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, c));
+    t[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, c));
+    t[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(b, d));
+    t[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(b, d));
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < 4; ++i) {  // 4 by 4 of those quarters
+    const Vec a = _mm512_shuffle_f32x4(t[i], t[i + 4], 0x88), b = _mm512_shuffle_f32x4(t[i], t[i + 4], 0xdd);
+    const Vec c = _mm512_shuffle_f32x4(t[i + 8], t[i + 12], 0x88), d = _mm512_shuffle_f32x4(t[i + 8], t[i + 12], 0xdd);
+    x[i] = _mm512_shuffle_f32x4(a, c, 0x88);
+    x[i + 8] = _mm512_shuffle_f32x4(a, c, 0xdd);
+    x[i + 4] = _mm512_shuffle_f32x4(b, d, 0x88);
+    x[i + 12] = _mm512_shuffle_f32x4(b, d, 0xdd);
+  }
+}
+#else
+inline void transpose(Vec (&x)[W]) {
+  Vec t[W];
+#pragma GCC unroll 8
+  for (int i = 0; i < W; i += 4) {
+    const __m256d a = _mm256_castps_pd(_mm256_unpacklo_ps(x[i], x[i + 1])), b = _mm256_castps_pd(_mm256_unpackhi_ps(x[i], x[i + 1]));
+    const __m256d c = _mm256_castps_pd(_mm256_unpacklo_ps(x[i + 2], x[i + 3])), d = _mm256_castps_pd(_mm256_unpackhi_ps(x[i + 2], x[i + 3]));
+    t[i] = _mm256_castpd_ps(_mm256_unpacklo_pd(a, c));
+    t[i + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(a, c));
+    t[i + 2] = _mm256_castpd_ps(_mm256_unpacklo_pd(b, d));
+    t[i + 3] = _mm256_castpd_ps(_mm256_unpackhi_pd(b, d));
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < 4; ++i) {
+    x[i] = _mm256_permute2f128_ps(t[i], t[i + 4], 0x20);
+    x[i + 4] = _mm256_permute2f128_ps(t[i], t[i + 4], 0x31);
+  }
+}
 #endif
 
 inline Vec zero() { return splat(0.0f); }

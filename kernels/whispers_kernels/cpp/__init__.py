@@ -3,12 +3,15 @@
 Importing raises `Unavailable`, with the reason, where they were not built or the processor has none of their instruction sets.
 """
 
+from .attention import committee_attention, tile_rows
 from .library import Unavailable, isa, isas, num_threads, set_num_threads
 from .small_ops import add_rms_norm, embed_rows, pool_logits, rms_norm, rope_and_store, silu_mul
 
 __all__ = ["IMPLS", "Unavailable", "isa", "isas", "num_threads", "set_num_threads"]
 
 IMPLS = {
+    "tile_rows": tile_rows,
+    "committee_attention": committee_attention,
     "embed_rows": embed_rows,
     "rms_norm": rms_norm,
     "add_rms_norm": add_rms_norm,
