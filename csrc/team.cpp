@@ -3,6 +3,7 @@
 #include <pthread.h>
 #include <sched.h>
 
+#include <chrono>
 #include <cstdlib>
 
 namespace whispers {
@@ -14,9 +15,27 @@ inline void pause() {
 #endif
 }
 
-// A pause takes 10 to 20 ns. A worker spins for about 50 us, longer than Python needs between two operations of a layer, and then sleeps;
-// who waits at a barrier gives its core away after as long, in case it is one that the others need.
-constexpr int kSpins = 4000;
+// Waits until `done()`. First by spinning (a pause takes 10 to 60 ns), since most waits last a microsecond; then by giving the core away again
+// and again, in case the thread that is waited for needs this one: on a busy machine two threads may share a core for long. After `patience`
+// returns false; 0: never.
+constexpr int kSpins = 100;
+
+template <class Done>
+bool wait_until(Done done, std::chrono::microseconds patience) {
+  for (int spins = 0; spins < kSpins; ++spins) {
+    if (done()) return true;
+    pause();
+  }
+  const auto begin = std::chrono::steady_clock::now();
+  while (!done()) {
+    if (patience.count() > 0 && std::chrono::steady_clock::now() - begin > patience) return false;
+    sched_yield();
+  }
+  return true;
+}
+
+// A worker waits so long for the next body before it sleeps: waking it takes 50 us, what a model does between two operations less than this.
+constexpr std::chrono::microseconds kAwake{200};
 
 std::mutex g_making;
 Team* g_team = nullptr;  // never destroyed: its threads may sleep until the process ends
@@ -105,20 +124,13 @@ void Team::meet(int threads) {
     phase_.store(phase + 1, std::memory_order_release);
     return;
   }
-  for (int spins = 0; phase_.load(std::memory_order_acquire) == phase; ++spins) {
-    if (spins < kSpins) {
-      pause();
-    } else {
-      sched_yield();
-    }
-  }
+  wait_until([&] { return phase_.load(std::memory_order_acquire) != phase; }, std::chrono::microseconds{0});
 }
 
 void Team::work(int thread) {
   uint32_t seen = 0;
   for (;;) {
-    for (int spins = 0; generation_.load(std::memory_order_acquire) == seen && spins < kSpins; ++spins) pause();
-    if (generation_.load(std::memory_order_acquire) == seen) {
+    if (!wait_until([&] { return generation_.load(std::memory_order_acquire) != seen; }, kAwake)) {
       std::unique_lock<std::mutex> lock(sleep_);
       sleepers_.fetch_add(1);
       wake_.wait(lock, [&] { return generation_.load() != seen; });
