@@ -43,12 +43,13 @@ struct Workspace {
     all_sums = pieces.take<Sum>(s.rows);
     seen = pieces.take<Seen>(s.rows);
     at = pieces.take<Located>(1);
+    ahead = pieces.take<Located>(1);
     bytes = pieces.used();
   }
   float *queries, *keys, *values, *scores, *weights, *shrink, *acc, *all_acc;
   Sum *sums, *all_sums;
   Seen* seen;
-  Located* at;
+  Located *at, *ahead;  // this block, and the one to come
   int64_t bytes;
 };
 
@@ -91,12 +92,14 @@ inline Partials partials_in(const Attention& a, void* memory) {
   return {acc, reinterpret_cast<Sum*>(acc + a.slots * a.q_heads * a.dim)};
 }
 
-// One item and KV head. T is q's type, Page the pool's.
+// One item and KV head. T is q's type, Page the pool's. `next`: the item (and KV head) that this thread probably does next, or null.
 template <class Math, class T, class Page>
 class Item {
  public:
-  Item(const Attention& a, const Shape<Math>& shape, const Workspace<Math>& w, const int32_t* item, int64_t head)
-      : a_(a), s_(shape), w_(w), head_(head), row_begin_(item[0]), rows_(item[1] - item[0]), tall_(rows_ * shape.group) {
+  Item(const Attention& a, const Shape<Math>& shape, const Workspace<Math>& w, const int32_t* item, int64_t head, const int32_t* next,
+       int64_t next_head)
+      : a_(a), s_(shape), w_(w), head_(head), row_begin_(item[0]), rows_(item[1] - item[0]), tall_(rows_ * shape.group), last_part_(item[3] - 1),
+        next_(next), next_head_(next_head) {
     const bool capped = a.softcap > 0, factors = a.page_dtype == kFp8;
     constexpr double log2e = 1.4426950408889634;
     how_ = {static_cast<float>(a.scale / (capped ? a.softcap : 1.0)), static_cast<float>((capped ? a.softcap : a.scale) * log2e), capped,
@@ -112,7 +115,7 @@ class Item {
 
   void run(const int32_t* item, const Partials& partials) {
     if (item[5] == 0) {
-      attend(a_.parts + 3 * item[2]);
+      attend(item[2]);
       for (int64_t i = 0; i < tall_; ++i) {
         const int64_t slot = (item[4] + row_of(i) - row_begin_) * a_.q_heads + query_head(i);
         partials.sums[slot] = w_.sums[i];
@@ -123,7 +126,7 @@ class Item {
     __builtin_memset(w_.all_acc, 0, tall_ * s_.width * sizeof(float));
     for (int64_t i = 0; i < tall_; ++i) w_.all_sums[i] = kNothing;
     for (int64_t part = item[2]; part < item[3]; ++part) {
-      attend(a_.parts + 3 * part);
+      attend(part);
       for (int64_t i = 0; i < tall_; ++i) fold(w_.all_acc + i * s_.width, w_.all_sums[i], w_.acc + i * s_.width, w_.sums[i], s_.dim);
     }
     for (int64_t i = 0; i < tall_; ++i) {
@@ -138,7 +141,8 @@ class Item {
   int64_t query_head(int64_t i) const { return head_ * s_.group + i % s_.group; }
 
   // The tile over one part's keys: weighted values in `acc`, and `sums`.
-  void attend(const int32_t* part) {
+  void attend(int64_t number) {
+    const int32_t* part = a_.parts + 3 * number;
     const int64_t segment = part[0], first_key = a_.key_begin[segment];
     __builtin_memset(w_.acc, 0, tall_ * s_.width * sizeof(float));
     for (int64_t i = 0; i < tall_; ++i) w_.sums[i] = kNothing;
@@ -154,11 +158,46 @@ class Item {
       if (skipped > 0) begin += skipped / kKeys * kKeys;
     }
     const int32_t* pages = a_.pages + a_.page_ptr[segment];
-    for (int64_t key = begin; key < end; key += kKeys) block(pages, first_key, key, smaller(key + kKeys, end));
+    if (begin < end) locate(a_, pages, head_, begin, smaller(begin + kKeys, end), *w_.ahead);
+    for (int64_t key = begin; key < end; key += kKeys) {
+      Located* here = w_.ahead;
+      w_.ahead = w_.at;
+      w_.at = here;
+      if (key + kKeys < end) {
+        locate(a_, pages, head_, key + kKeys, smaller(key + 2 * kKeys, end), *w_.ahead);
+      } else {
+        locate_next(number);
+      }
+      fetched_ = 0;
+      block(first_key, key, smaller(key + kKeys, end));
+    }
+  }
+
+  // The first block of the part, or of the item, that comes after this part.
+  void locate_next(int64_t number) {
+    w_.ahead->keys = 0;
+    const bool here = number < last_part_;
+    if (!here && next_ == nullptr) return;
+    const int32_t* part = a_.parts + 3 * (here ? number + 1 : next_[2]);
+    const int64_t end = smaller(smaller(part[2], a_.length[part[0]]), part[1] + kKeys);
+    if (part[1] < end) locate(a_, a_.pages + a_.page_ptr[part[0]], here ? head_ : next_head_, part[1], end, *w_.ahead);
+  }
+
+  // Asks for the first `share` of 1 of the block to come: spread over the work on this one, since only some 20 lines can be on their way.
+  void fetch_ahead(int64_t done, int64_t of) {
+    const int64_t until = w_.ahead->keys * done / of;
+    const char *keys = static_cast<const char*>(a_.k_pages), *values = static_cast<const char*>(a_.v_pages);
+    for (; fetched_ < until; ++fetched_) {
+      const int64_t key = w_.ahead->key_at[fetched_] * sizeof(Page), value = w_.ahead->value_at[fetched_] * sizeof(Page);
+      for (int64_t byte = 0; byte < a_.dim * static_cast<int64_t>(sizeof(Page)); byte += kLine) {
+        __builtin_prefetch(keys + key + byte, 0, 2);
+        __builtin_prefetch(values + value + byte, 0, 2);
+      }
+    }
   }
 
   // Keys [begin, end) of a segment, at most kKeys.
-  void block(const int32_t* pages, int64_t first_key, int64_t begin, int64_t end) {
+  void block(int64_t first_key, int64_t begin, int64_t end) {
     const int64_t keys = end - begin;
     bool any = false;
     for (int64_t i = 0; i < tall_; i += s_.group) {
@@ -169,7 +208,6 @@ class Item {
       for (int64_t j = 0; j < s_.group; ++j) w_.seen[i + j] = seen;
     }
     if (!any) return;
-    locate(a_, pages, head_, begin, end, *w_.at);
     pack_keys<Math, Page>(a_, *w_.at, s_.depth, w_.keys);
     pack_values<Math, Page>(a_, *w_.at, s_.width, w_.values);
     for (int64_t row = 0; row < tall_; row += kStrip) strip(row, smaller(row + kStrip, tall_), keys);
@@ -185,6 +223,7 @@ class Item {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t at = i - begin;
       w_.shrink[at] = weigh<Math>(w_.scores + at * kKeys, w_.weights + at * weights_row, w_.seen[i], keys, how_, *w_.at, w_.sums[i]);
+      fetch_ahead(i + 1, tall_);
     }
     multiply<Math, true>(end - begin, s_.width / W, w_.weights, weights_row, w_.values, kPanel, s_.width, w_.acc + begin * s_.width,
                          s_.width, ceil_div(keys, Math::kPack), w_.shrink);
@@ -192,8 +231,11 @@ class Item {
 
   const Attention& a_;
   const Shape<Math>& s_;
-  const Workspace<Math>& w_;
-  const int64_t head_, row_begin_, rows_, tall_;
+  Workspace<Math> w_;
+  const int64_t head_, row_begin_, rows_, tall_, last_part_;
+  const int32_t* next_;
+  const int64_t next_head_;
+  int64_t fetched_ = 0;
   Scaling how_;
 };
 
@@ -219,9 +261,11 @@ void attend_items(const Attention& a, const Crew& crew) {
   const Shape<Math> shape(a);
   const Workspace<Math> workspace(shape, crew.own());
   const Partials partials = partials_in(a, crew.shared());
-  for (int64_t task; (task = crew.take()) < a.header[0] * a.kv_heads;) {
-    const int32_t* item = a.items + 6 * (task / a.kv_heads);
-    Item<Math, T, Page>(a, shape, workspace, item, task % a.kv_heads).run(item, partials);
+  const int64_t tasks = a.header[0] * a.kv_heads;
+  for (int64_t task; (task = crew.take()) < tasks;) {
+    const int64_t later = task + crew.threads;
+    const int32_t *item = a.items + 6 * (task / a.kv_heads), *next = later < tasks ? a.items + 6 * (later / a.kv_heads) : nullptr;
+    Item<Math, T, Page>(a, shape, workspace, item, task % a.kv_heads, next, later % a.kv_heads).run(item, partials);
   }
   if (a.header[1] == 0) return;
   crew.barrier();
