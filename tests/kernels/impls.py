@@ -1,5 +1,6 @@
 """Which implementations the tests of the operations run, where, and in which dtypes.
 
+The C++ kernels run on the CPU, wherever they are built, with the instruction set that WHISPERS_ISA names or the best there is.
 On a machine with a GPU the Triton kernels are compiled and run there; on any other they run on the CPU under Triton's interpreter,
 which cuts float32 to bfloat16 instead of rounding and multiplies the bit patterns of bfloat16: without a GPU they get no bfloat16.
 """
@@ -42,10 +43,12 @@ def dtypes_of(impl: str) -> tuple[torch.dtype, ...]:
 
 
 def _parameter(impl: str, *more: Any) -> Any:
+    """A test's parameters, skipped where the implementation is not here."""
     return pytest.param(impl, *more, marks=_SKIP.get(impl, ()))
 
 
 every_impl = pytest.mark.parametrize("impl", [_parameter(impl) for impl in IMPLS])
+every_kernel = pytest.mark.parametrize("impl", [_parameter(impl) for impl in IMPLS if impl != "reference"])
 every_impl_and_dtype = pytest.mark.parametrize(
     "impl, dtype", [_parameter(impl, dtype) for impl in IMPLS for dtype in dtypes_of(impl)], ids=str
 )
@@ -75,3 +78,10 @@ def far_apart(rows: Tensor, device: torch.device) -> Tensor:
     spread = untouched(2 * stride + rows.shape[1], rows.dtype, device).as_strided(rows.shape, (stride, 1))
     assert rows.shape[0] == 3
     return spread.copy_(rows)
+
+
+def with_kernels(name: str, values: dict[str, list[Any]]) -> Any:
+    """Runs a test of `impl` and an argument with the values that are given for each kernel."""
+    return pytest.mark.parametrize(
+        f"impl, {name}", [_parameter(impl, value) for impl in values for value in values[impl]], ids=str
+    )
