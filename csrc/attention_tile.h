@@ -40,17 +40,21 @@ inline void locate(const Attention& a, const int32_t* pages, int64_t head, int64
   int64_t page = begin / a.page_size, token = begin % a.page_size;
   found.keys = end - begin;
   for (int64_t i = 0; i < found.keys; ++page, token = 0) {
-    const int64_t number = pages[page];
-    const int64_t key = number * a.k_layout.page + head * a.k_layout.head, value = number * a.v_layout.page + head * a.v_layout.head;
-    for (; token < a.page_size && i < found.keys; ++token, ++i) {
-      found.key_at[i] = key + token * a.k_layout.token;
-      found.value_at[i] = value + token * a.v_layout.token;
-      if (a.page_dtype == kFp8) {
-        const int64_t scale = (number * a.page_size + token) * a.kv_heads + head;
-        found.key_factor[i] = a.k_scale[scale];
-        found.value_factor[i] = a.v_scale[scale];
+    const int64_t number = pages[page], run = smaller(a.page_size - token, found.keys - i);
+    const int64_t key = number * a.k_layout.page + head * a.k_layout.head + token * a.k_layout.token;
+    const int64_t value = number * a.v_layout.page + head * a.v_layout.head + token * a.v_layout.token;
+    for (int64_t j = 0; j < run; ++j) {
+      found.key_at[i + j] = key + j * a.k_layout.token;
+      found.value_at[i + j] = value + j * a.v_layout.token;
+    }
+    if (a.page_dtype == kFp8) {
+      const int64_t scale = (number * a.page_size + token) * a.kv_heads + head;
+      for (int64_t j = 0; j < run; ++j) {
+        found.key_factor[i + j] = a.k_scale[scale + j * a.kv_heads];
+        found.value_factor[i + j] = a.v_scale[scale + j * a.kv_heads];
       }
     }
+    i += run;
   }
   if (a.page_dtype == kFp8) {
     for (int64_t i = found.keys; i < kKeys; ++i) found.key_factor[i] = found.value_factor[i] = 1.0f;

@@ -22,19 +22,25 @@ inline Vec load_or_nothing(const T* x, int64_t n) {
   return select(first(n), load(x, n), minus_infinity());
 }
 
+// e^x for x up to 0. What the factor's rounding costs, |x| roundings of e^x, is little beside the sum, which is 1 at least.
+inline Vec share_of_top(Vec x) { return exp2(x * splat(1.44269504f)); }
+
 template <class T>
 inline LogSum log_sum(const T* x, int64_t n) {
-  Vec top = minus_infinity();
-  int64_t at = 0;
-  for (; at + W <= n; at += W) top = max(load(x + at), top);  // `top` where x is NaN: the sum will tell
-  if (at < n) top = max(load_or_nothing(x + at, n - at), top);
-  const float found = largest(top);
-  const Vec base = splat(found == -__builtin_inff() ? 0.0f : found);
+  // Four of each, so that one need not wait for the one before.
+  Vec top[4] = {minus_infinity(), minus_infinity(), minus_infinity(), minus_infinity()};
   Vec part[4] = {zero(), zero(), zero(), zero()};
-  for (at = 0; at + 4 * W <= n; at += 4 * W) {
-    for (int i = 0; i < 4; ++i) part[i] = part[i] + exp(load(x + at + i * W) - base);
+  int64_t at = 0;
+  for (; at + 4 * W <= n; at += 4 * W) {
+    for (int i = 0; i < 4; ++i) top[i] = max(load(x + at + i * W), top[i]);  // `top` where x is NaN: the sum will tell
   }
-  for (int i = 0; at < n; at += W, ++i) part[i] = part[i] + exp(load_or_nothing(x + at, n - at) - base);
+  for (; at < n; at += W) top[0] = max(load_or_nothing(x + at, n - at), top[0]);
+  const float found = largest(max(max(top[0], top[1]), max(top[2], top[3])));
+  const Vec base = splat(found == -__builtin_inff() ? 0.0f : found);
+  for (at = 0; at + 4 * W <= n; at += 4 * W) {
+    for (int i = 0; i < 4; ++i) part[i] = part[i] + share_of_top(load(x + at + i * W) - base);
+  }
+  for (int i = 0; at < n; at += W, ++i) part[i] = part[i] + share_of_top(load_or_nothing(x + at, n - at) - base);
   return {found, sum((part[0] + part[1]) + (part[2] + part[3]))};
 }
 
@@ -90,7 +96,7 @@ inline void mixture_chunk(const PoolLogits& a, const PoolScratch& s, int64_t fro
     top = select(equal(top, minus_infinity()), zero(), top);
     Vec total = zero();
     for (int64_t row = from; row < to; ++row) {
-      if (a.weights[row] > 0) total = total + exp(log_share(row, at, n) - top);
+      if (a.weights[row] > 0) total = total + share_of_top(log_share(row, at, n) - top);
     }
     store(out + at, top + log(total), n);
   }
