@@ -41,7 +41,7 @@ using namespace whispers;
 #define WHISPERS_API extern "C" __attribute__((visibility("default")))
 
 // Writes the names of the instruction sets that this machine has, the best first, separated by spaces; nothing on other processors.
-WHISPERS_API void whispers_isas(char* names, int64_t room) {
+WHISPERS_API void whispers_isas(char* names, [[maybe_unused]] int64_t room) {
   names[0] = '\0';
 #if defined(WHISPERS_X86)
   Choice found[3];
@@ -55,7 +55,7 @@ WHISPERS_API void whispers_isas(char* names, int64_t room) {
 }
 
 // Chooses one of them by name, before any operation. 0: done; 1: it is not here.
-WHISPERS_API int whispers_choose(const char* name) {
+WHISPERS_API int whispers_choose([[maybe_unused]] const char* name) {
 #if defined(WHISPERS_X86)
   Choice found[3];
   choices(found);
