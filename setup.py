@@ -18,7 +18,19 @@ setup(
             depends=sorted(path.as_posix() for path in Path("csrc").glob("*.h")),
             language="c++",
             # Instruction sets are chosen at run time: a wheel must run on machines other than the one that built it.
-            extra_compile_args=["-std=c++17", "-O3", "-fvisibility=hidden"],
+            extra_compile_args=[
+                "-std=c++17",
+                "-O3",
+                "-g0",
+                "-fvisibility=hidden",
+                "-fno-math-errno",
+                "-Wno-uninitialized",  # gcc 12 warns of its own AVX-512 intrinsics
+                "-Wno-maybe-uninitialized",
+                # A product that is added to something is rounded where the source says so, in every variant of a loop alike.
+                "-ffp-contract=off",
+                "-pthread",
+            ],
+            extra_link_args=["-pthread"],
             define_macros=[("Py_LIMITED_API", "0x030A0000")],
             py_limited_api=True,
         )

@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -35,11 +36,30 @@ def _triton_is_here() -> bool:
     return torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
 
 
+@cache
+def _cpp() -> dict[str, Callable[..., Any]] | str:
+    """The C++ kernels, or why there are none."""
+    try:
+        return importlib.import_module("whispers_kernels.cpp").IMPLS
+    except ImportError as error:
+        return str(error)
+
+
 def _load(impl: str) -> bool:
     """Whether this machine has an implementation; imports it where it has."""
     if impl == "triton" and impl not in _IMPLS and _triton_is_here():
         _IMPLS[impl] = importlib.import_module("whispers_kernels.triton").IMPLS
+    if impl == "cpp" and impl not in _IMPLS and isinstance(found := _cpp(), dict):
+        _IMPLS[impl] = found
     return impl in _IMPLS
+
+
+def _hint(impl: str) -> str:
+    """Why a known implementation is not here."""
+    if impl == "triton":
+        return "; triton without a GPU needs TRITON_INTERPRET=1 in the environment"
+    reason = _cpp() if impl == "cpp" else ""
+    return f"; {reason}" if isinstance(reason, str) and reason else ""
 
 
 def available_impls() -> tuple[str, ...]:
@@ -53,8 +73,9 @@ def check_impl(impl: str, device: torch.device | str = "cpu") -> str:
         order = _PREFERENCE.get(torch.device(device).type, ("reference",))
         return next(name for name in order if _load(name))
     if not _load(impl):
-        hint = "; triton without a GPU needs TRITON_INTERPRET=1 in the environment" if impl == "triton" else ""
-        raise ValueError(f"impl={impl!r} is not available here; accepted: auto, {', '.join(available_impls())}{hint}")
+        raise ValueError(
+            f"impl={impl!r} is not available here; accepted: auto, {', '.join(available_impls())}{_hint(impl)}"
+        )
     return impl
 
 

@@ -81,7 +81,7 @@ def _rounded_once(exact: Tensor, dtype: torch.dtype, size: Tensor | None = None)
 
 
 def attention(run: Run, case: Case) -> Parts:
-    """The result and its log-sum-exp; then, for Triton, bits: some rows without their neighbours."""
+    """The result and its log-sum-exp; then, for kernels, bits: some rows without their neighbours."""
     setting, step = case.setting, case.step
     cpu = inputs(step, setting, run.dtype, case.fp8)
     near = cpu.to(run.device)
@@ -125,7 +125,7 @@ def attention(run: Run, case: Case) -> Parts:
     lse_budget = 2e-6 * exact_lse.abs() + 8 * _EPS32 * (1 + score)[:, None]
     yield "", [Part(out, exact, (2 * peer_error + band)[:, None, None]), Part(lse, exact_lse, lse_budget)]
     rows = case.alone()
-    if run.impl == "triton" and rows:  # the reference's matrix products round by their shape
+    if run.impl in ("triton", "cpp") and rows:  # the reference's matrix products round by their shape
         alone, alone_lse = attend(step.keep(rows), here.q[rows])
         yield "rows alone", [Part(alone, out[rows], 0.0), Part(alone_lse, lse[rows], 0.0)]
 

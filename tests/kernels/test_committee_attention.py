@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.kernels.impls import device_of, every_impl, every_impl_and_dtype, untouched
+from tests.kernels.impls import device_of, every_impl, every_impl_and_dtype, every_kernel, untouched, with_kernels
 from tests.kernels.plans import FP8, Case, Inputs, cases, options, schedule_constants
 from whispers_kernels import Plan, Segment, available_impls, committee_attention, ops
 from whispers_kernels.plan import FixedPlan
@@ -394,52 +394,55 @@ class Longer(NamedTuple):
         return step(self.page_size, self.context, rows, self.group)
 
 
-LONGER = (
+LONGER = [
     Longer(F16, None, 64, 2100, 64, 4, {}),
     Longer(F16, None, 50, 600, 300, 2, {"window": 100}),
     Longer(F16, FP8, 64, 300, 90, 3, {"softcap": 2.0}),
     Longer(F32, None, 64, 320, 12, 4, {"window": 270}),
-)
-every_longer_step = pytest.mark.parametrize("longer", LONGER, ids=str)
+]
+IN_BF16 = [longer._replace(dtype=BF16) for longer in LONGER if longer.dtype == F16]  # not for an interpreter
+every_longer_step = with_kernels("longer", {"triton": LONGER, "cpp": LONGER + IN_BF16})
 
 
-@needs_triton
 @every_longer_step
-def test_longer_steps_are_within_the_budget(longer: Longer) -> None:
+def test_longer_steps_are_within_the_budget(impl: str, longer: Longer) -> None:
     case = longer.step(prefill(longer.context, longer.prefilled) + decode(longer.context, 5))
     inputs = case.inputs(longer.dtype, longer.pages_dtype)
     group, dim, widest = case.group, case.dim, case.plan().widest
-    tile = ops.tile_rows("triton", inputs.q.dtype, inputs.k_pages.dtype, group, dim, widest, device_of("triton"))
-    assert tile is not None and case.plan().work(tile).in_place
-    check(case, inputs, "triton", longer.keywords)
+    tile = ops.tile_rows(impl, inputs.q.dtype, inputs.k_pages.dtype, group, dim, widest, device_of(impl))
+    with schedule_constants({} if impl == "triton" else {"PARTIALS_AT_MOST": 0}):  # taller tiles than these steps fill
+        assert tile is not None and case.plan().work(tile).in_place
+        check(case, inputs, impl, longer.keywords)
 
 
-@needs_triton
-def test_a_branch_decodes_over_2700_keys_within_the_budget() -> None:
+@with_kernels("dtype", {"triton": [F16], "cpp": [F16, BF16]})
+def test_a_branch_decodes_over_2700_keys_within_the_budget(impl: str, dtype: torch.dtype) -> None:
     case = step(64, 2700, decode(2700, 5))
-    check(case, case.inputs(F16), "triton", {})
+    check(case, case.inputs(dtype), impl, {})
 
 
-@needs_triton
-def test_a_random_rows_bits_do_not_depend_on_its_neighbours() -> None:
-    kinds = st.sampled_from(((F32, None), (F16, None), (F16, FP8), (F32, FP8), (BF16, FP8), (F16, F32)))
+@every_kernel
+def test_a_random_rows_bits_do_not_depend_on_its_neighbours(impl: str) -> None:
+    kinds = [(F32, None), (F16, None), (F16, FP8), (F32, FP8), (BF16, FP8), (F16, F32)]
+    if impl == "cpp":
+        kinds += [(BF16, None), (BF16, F16)]
 
-    @on_random(30, "triton", cases(), options(), kinds, st.data())
+    @on_random(30, impl, cases(), options(), st.sampled_from(kinds), st.data())
     def same(case: Case, keywords: dict[str, Any], kind: tuple[Any, Any], data: st.DataObject) -> None:
-        alone, found = alone_and_among_nan(case, case.inputs(*kind), draw_rows(case, data), "triton", keywords)
+        alone, found = alone_and_among_nan(case, case.inputs(*kind), draw_rows(case, data), impl, keywords)
         assert all(map(torch.equal, alone, found))
 
 
-@needs_triton
-def test_random_steps_of_several_ranges() -> None:
+@with_kernels("dtype", {"triton": [F16], "cpp": [F16, BF16]})
+def test_random_steps_of_several_ranges(impl: str, dtype: torch.dtype) -> None:
     """Some of their rows merge in place, and others afterwards. ALIGN stays: it is a multiple of every kernel's tile."""
 
-    @on_random(15, "triton", cases((64, 70), (16,)), options(), st.data())
+    @on_random(15, impl, cases((64, 70), (16,)), options(), st.data())
     def right(case: Case, keywords: dict[str, Any], data: st.DataObject) -> None:
         with schedule_constants({"RANGE": 64, "TILES_IN_PLACE": 1, "PARTIALS_AT_MOST": 12}):
-            inputs = case.inputs(F16)
-            check(case, inputs, "triton", keywords)
-            alone, found = alone_and_among_nan(case, inputs, draw_rows(case, data), "triton", keywords)
+            inputs = case.inputs(dtype)
+            check(case, inputs, impl, keywords)
+            alone, found = alone_and_among_nan(case, inputs, draw_rows(case, data), impl, keywords)
             assert all(map(torch.equal, alone, found))
 
 
@@ -472,9 +475,8 @@ def companies(longer: Longer, probes: tuple[int, int]) -> dict[str, tuple[Case, 
     return found
 
 
-@needs_triton
 @every_longer_step
-def test_a_row_has_the_same_bits_in_any_company(longer: Longer) -> None:
+def test_a_row_has_the_same_bits_in_any_company(impl: str, longer: Longer) -> None:
     probes = (longer.context - longer.prefilled + 5, longer.context - 1)
     q = torch.randn(2, 2 * longer.group, 16, generator=torch.Generator().manual_seed(1)).to(longer.dtype)
 
@@ -482,7 +484,7 @@ def test_a_row_has_the_same_bits_in_any_company(longer: Longer) -> None:
         """Of the two rows at the two positions."""
         inputs = case.inputs(longer.dtype, longer.pages_dtype)
         inputs.q[rows] = q
-        out, lse = attend(case, inputs, "triton", plan, **longer.keywords)
+        out, lse = attend(case, inputs, impl, plan, **longer.keywords)
         return out[rows], lse[rows]
 
     pair = longer.step([(position, 0) for position in probes])
@@ -490,24 +492,24 @@ def test_a_row_has_the_same_bits_in_any_company(longer: Longer) -> None:
     assert all(found.isfinite().all() for found in expected)
     for row in range(2):
         inputs = pair.inputs(longer.dtype, longer.pages_dtype)._replace(q=q[[row]])
-        alone = attend(pair.keep([row]), inputs, "triton", **longer.keywords)
+        alone = attend(pair.keep([row]), inputs, impl, **longer.keywords)
         assert all(map(torch.equal, alone, (found[[row]] for found in expected))), f"row {row} alone"
     for name, (case, rows) in companies(longer, probes).items():
         assert all(map(torch.equal, bits(case, rows), expected)), name
     with schedule_constants({"PARTIALS_AT_MOST": 0}):
         assert all(map(torch.equal, bits(pair, [0, 1]), expected)), "merged in place"
-    plan = pair.plan(device_of("triton"))
+    plan = pair.plan(device_of(impl))
     longer_keys = plan.columns._replace(length=plan.columns.length + 300)
     assert all(map(torch.equal, bits(pair, [0, 1], replace(plan, columns=longer_keys, _work={})), expected)), (
         "keys to come"
     )
 
 
-@needs_triton
-def test_a_plan_that_moves_on_gives_the_bits_of_a_plan_made_anew() -> None:
+@every_kernel
+def test_a_plan_that_moves_on_gives_the_bits_of_a_plan_made_anew(impl: str) -> None:
     """Of capacity to spare, and cut for the keys to come. A smaller plan in the same memory leaves nothing of the one before."""
-    rows, device = 8, device_of("triton")
-    tile = ops.tile_rows("triton", F32, F32, 2, 16, rows, device)
+    rows, device = 8, device_of(impl)
+    tile = ops.tile_rows(impl, F32, F32, 2, 16, rows, device)
     fixed = FixedPlan(rows, 20, 60, 40, 60, 100, 100, tile, device)
 
     def steps(begin: int, owns: list[int], number: int, known: int) -> None:
@@ -529,8 +531,8 @@ def test_a_plan_that_moves_on_gives_the_bits_of_a_plan_made_anew() -> None:
                 made = None if tile is None else lay_out(*plan.columns._replace(position=position, length=length), tile)
                 assert fixed.load(plan, made, range(2, len(segments)))
             q = torch.cat((inputs.q, inputs.q.new_full((rows - len(owns), *inputs.q.shape[1:]), 1.0)))
-            out, lse = attend(case, inputs._replace(q=q), "triton", fixed)
-            expected = attend(case, inputs, "triton")
+            out, lse = attend(case, inputs._replace(q=q), impl, fixed)
+            expected = attend(case, inputs, impl)
             assert all(map(torch.equal, (out[: len(owns)], lse[: len(owns)]), expected)), taken
             nothing = slice(len(owns), known)
             assert not out[nothing].any() and bool((lse[nothing] == -INF).all())

@@ -171,6 +171,7 @@ every_call = pytest.mark.parametrize("name", CALLS)
 def test_an_implementation_that_is_not_there_is_refused(name: str, impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "_IMPLS", {"reference": ops._IMPLS["reference"]})
     monkeypatch.setattr(ops, "_triton_is_here", lambda: False)
+    monkeypatch.setattr(ops, "_cpp", lambda: "not built")
     with pytest.raises(ValueError, match=rf"impl='{impl}' is not available here; accepted: auto, reference"):
         CALLS[name](impl)
 
@@ -182,6 +183,7 @@ def test_an_implementation_is_used_by_name_and_never_replaced(name: str, monkeyp
 
     monkeypatch.setattr(ops, "_IMPLS", {"reference": ops._IMPLS["reference"], "triton": {name: fails}})
     monkeypatch.setattr(ops, "_PREFERENCE", {"cpu": ("triton", "reference")})
+    monkeypatch.setattr(ops, "_cpp", lambda: "not built")
     assert available_impls() == ("triton", "reference")
     CALLS[name]("reference")
     for impl in ("triton", "auto"):  # the fastest there is

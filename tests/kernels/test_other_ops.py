@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.kernels.impls import device_of, every_impl, every_impl_and_dtype, far_apart, poison
+from tests.kernels.impls import device_of, every_impl, every_impl_and_dtype, every_kernel, far_apart, poison
 from tests.kernels.rounding import assert_rounded_once, normal
 from whispers_kernels import embed_rows, pool_logits, rms_norm, rope_and_store, silu_mul
 
@@ -323,25 +323,25 @@ def test_rows_beyond_2_31_elements(impl: str) -> None:
         )
 
 
+@every_kernel
 @pytest.mark.parametrize(
     "operation", ["embed_rows", "rms_norm", "add_rms_norm", "rope_and_store", "silu_mul", "pool_logits"]
 )
-def test_triton_refuses_float64_and_does_not_fall_back(operation: str) -> None:
-    pytest.importorskip("triton")
-    device = device_of("triton")
+def test_a_kernel_refuses_float64_and_does_not_fall_back(operation: str, impl: str) -> None:
+    device = device_of(impl)
     x, one = normal(2, 4, device=device), torch.ones(1, dtype=torch.int32, device=device)
     heads, slots = x[:, None], torch.tensor([0, 1], device=device)
-    with pytest.raises(ValueError, match=r"impl='triton': float64 .* accepted: float32, bfloat16, float16"):
+    with pytest.raises(ValueError, match=rf"impl='{impl}': float64 .* accepted: float32, bfloat16, float16"):
         if operation == "embed_rows":
-            embed_rows(slots, x.float(), x, impl="triton")
+            embed_rows(slots, x.float(), x, impl=impl)
         elif operation == "rms_norm":
-            rms_norm(x.float(), x[0], 1e-6, impl="triton")
+            rms_norm(x.float(), x[0], 1e-6, impl=impl)
         elif operation == "add_rms_norm":
-            rms_norm(x, x[0].float(), 1e-6, x, impl="triton")
+            rms_norm(x, x[0].float(), 1e-6, x, impl=impl)
         elif operation == "rope_and_store":
             pages = torch.zeros(1, 2, 1, 4, device=device)
-            rope_and_store(*[heads.float()] * 3, x[:, :2], x[:, 2:], slots, pages, pages, impl="triton")
+            rope_and_store(*[heads.float()] * 3, x[:, :2], x[:, 2:], slots, pages, pages, impl=impl)
         elif operation == "silu_mul":
-            silu_mul(x, impl="triton")
+            silu_mul(x, impl=impl)
         else:
-            pool_logits(x, torch.ones(2, device=device), torch.cat((0 * one, 2 * one)), "mixture", impl="triton")
+            pool_logits(x, torch.ones(2, device=device), torch.cat((0 * one, 2 * one)), "mixture", impl=impl)

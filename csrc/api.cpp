@@ -1,0 +1,81 @@
+// What Python calls: plain C functions over pointers and sizes. Which instruction set runs is chosen here, once.
+#include <cstring>
+
+#include "isa.h"
+
+namespace whispers {
+namespace {
+
+const Kernels* g_kernels = nullptr;
+
+#if defined(WHISPERS_X86)
+struct Choice {
+  const Kernels* kernels;
+  bool here;
+};
+
+// From the best to the plainest.
+void choices(Choice (&found)[3]) {
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+  found[0] = {&kAvx512Bf16, bf16};
+  found[1] = {&kAvx512, avx512};
+  found[2] = {&kAvx2, avx2};
+}
+#endif
+
+template <class Args>
+int call(const void* args, bool (*Kernels::*operation)(const Args&, Team&)) {
+  Turn turn;
+  return (g_kernels->*operation)(*static_cast<const Args*>(args), turn.team) ? 0 : 2;
+}
+
+}  // namespace
+}  // namespace whispers
+
+using namespace whispers;
+
+#define WHISPERS_API extern "C" __attribute__((visibility("default")))
+
+// Writes the names of the instruction sets that this machine has, the best first, separated by spaces; nothing on other processors.
+WHISPERS_API void whispers_isas(char* names, [[maybe_unused]] int64_t room) {
+  names[0] = '\0';
+#if defined(WHISPERS_X86)
+  Choice found[3];
+  choices(found);
+  for (const Choice& choice : found) {
+    if (!choice.here || std::strlen(names) + std::strlen(choice.kernels->name) + 2 > static_cast<size_t>(room)) continue;
+    if (names[0] != '\0') std::strcat(names, " ");
+    std::strcat(names, choice.kernels->name);
+  }
+#endif
+}
+
+// Chooses one of them by name, before any operation. 0: done; 1: it is not here.
+WHISPERS_API int whispers_choose([[maybe_unused]] const char* name) {
+#if defined(WHISPERS_X86)
+  Choice found[3];
+  choices(found);
+  for (const Choice& choice : found) {
+    if (choice.here && std::strcmp(choice.kernels->name, name) == 0) {
+      g_kernels = choice.kernels;
+      return 0;
+    }
+  }
+#endif
+  return 1;
+}
+
+WHISPERS_API int64_t whispers_threads() { return Team::instance().size(); }
+WHISPERS_API void whispers_set_threads(int64_t threads) { Team::resize(static_cast<int>(threads)); }
+
+// Each operation takes a struct of args.h. 0: done; 2: no memory for its scratch.
+WHISPERS_API int whispers_committee_attention(const void* args) { return call(args, &Kernels::committee_attention); }
+WHISPERS_API int whispers_embed_rows(const void* args) { return call(args, &Kernels::embed_rows); }
+WHISPERS_API int whispers_rms_norm(const void* args) { return call(args, &Kernels::rms_norm); }
+WHISPERS_API int whispers_rope_and_store(const void* args) { return call(args, &Kernels::rope_and_store); }
+WHISPERS_API int whispers_silu_mul(const void* args) { return call(args, &Kernels::silu_mul); }
+WHISPERS_API int whispers_pool_logits(const void* args) { return call(args, &Kernels::pool_logits); }

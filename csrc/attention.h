@@ -1,0 +1,300 @@
+// committee_attention: work items of one KV head, a tile of rows and key ranges, then a merge of what they leave.
+//
+// All rows of a tile times the query heads of their group are one matrix, so that a shared key is fetched once for all experts that see it.
+// Ranges of keys and the order of merging come from the schedule and depend on key positions alone; a row is summed in the same order in
+// every tile and in both ways of merging, so its bits do not depend on its neighbours.
+#pragma once
+
+#include "attention_tile.h"
+#include "share.h"
+
+namespace whispers::WHISPERS_ISA {
+
+// A thread's memory: cut off piece by piece, each on a line of its own. Without memory it counts what is needed.
+class Pieces {
+ public:
+  explicit Pieces(void* memory) : at_(static_cast<char*>(memory)) {}
+  template <class T>
+  T* take(int64_t number) {
+    T* piece = reinterpret_cast<T*>(at_ + used_);
+    used_ += ceil_div(number * static_cast<int64_t>(sizeof(T)), kLine) * kLine;
+    return piece;
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  char* at_;
+  int64_t used_ = 0;
+};
+
+template <class Math>
+struct Workspace {
+  Workspace(const Shape<Math>& s, void* memory) {
+    Pieces pieces(memory);
+    queries = pieces.take<float>(s.rows * s.depth);
+    keys = pieces.take<float>(ceil_div(kKeys, kPanel) * kPanel * s.depth);
+    values = pieces.take<float>(kKeys / Math::kPack * s.width);
+    scores = pieces.take<float>(kStrip * kKeys);
+    weights = pieces.take<float>(kStrip * kKeys);
+    shrink = pieces.take<float>(kStrip);
+    acc = pieces.take<float>(s.rows * s.width);
+    all_acc = pieces.take<float>(s.rows * s.width);
+    sums = pieces.take<Sum>(s.rows);
+    all_sums = pieces.take<Sum>(s.rows);
+    seen = pieces.take<Seen>(s.rows);
+    at = pieces.take<Located>(1);
+    ahead = pieces.take<Located>(1);
+    bytes = pieces.used();
+  }
+  float *queries, *keys, *values, *scores, *weights, *shrink, *acc, *all_acc;
+  Sum *sums, *all_sums;
+  Seen* seen;
+  Located *at, *ahead;  // this block, and the one to come
+  int64_t bytes;
+};
+
+constexpr Sum kNothing = {-__builtin_inff(), 0.0f};
+inline bool is_nothing(const Sum& sum) { return sum.top == -__builtin_inff() && sum.total == 0.0f; }
+
+// Merges a partial result into those before it; one that saw nothing changes nothing.
+inline void fold(float* all_acc, Sum& all, const float* acc, const Sum& sum, int64_t dim) {
+  if (is_nothing(sum)) return;
+  const float top = sum.top > all.top ? sum.top : all.top, base = top == -__builtin_inff() ? 0.0f : top;
+  const float factor = first_of(exp2(splat((sum.top > all.top ? all.top : sum.top) - base)));  // of the one with the lower top
+  const float left = sum.top > all.top ? factor : 1.0f, right = sum.top > all.top ? 1.0f : factor;
+  all.total = __builtin_fmaf(sum.total, right, all.total * left);
+  all.top = top;
+  for (int64_t at = 0; at < dim; at += W) {
+    const int64_t n = dim - at;
+    store(all_acc + at, fma(load(acc + at, n), splat(right), load(all_acc + at, n) * splat(left)), n);
+  }
+}
+
+// The result of a row and head: zeros where it sees nothing, NaN where it sees what is not finite; and its log-sum-exp.
+template <class T>
+inline void finish(const float* acc, const Sum& sum, T* out, float* lse, int64_t dim) {
+  const Vec divisor = splat(sum.total == 0.0f ? 1.0f : sum.total);
+  for (int64_t at = 0; at < dim; at += W) {
+    const Vec x = load(acc + at, dim - at) / divisor;
+    const Mask finite = less(magnitude(x), splat(__builtin_inff()));
+    store(out + at, select(finite, x, splat(__builtin_nanf(""))), dim - at);
+  }
+  if (lse != nullptr) *lse = (sum.top + __builtin_log2f(sum.total)) * 0.6931471805599453f;
+}
+
+// Where items leave their partial results, in the team's memory.
+struct Partials {
+  float* acc;  // [slots, q_heads, dim]
+  Sum* sums;   // [slots, q_heads]
+};
+inline int64_t partials_bytes(const Attention& a) { return a.slots * a.q_heads * (a.dim + 2) * static_cast<int64_t>(sizeof(float)); }
+inline Partials partials_in(const Attention& a, void* memory) {
+  float* acc = static_cast<float*>(memory);
+  return {acc, reinterpret_cast<Sum*>(acc + a.slots * a.q_heads * a.dim)};
+}
+
+// One item and KV head. T is q's type, Page the pool's. `next`: the item (and KV head) that this thread probably does next, or null.
+template <class Math, class T, class Page>
+class Item {
+ public:
+  Item(const Attention& a, const Shape<Math>& shape, const Workspace<Math>& w, const int32_t* item, int64_t head, const int32_t* next,
+       int64_t next_head)
+      : a_(a), s_(shape), w_(w), head_(head), row_begin_(item[0]), rows_(item[1] - item[0]), tall_(rows_ * shape.group), last_part_(item[3] - 1),
+        next_(next), next_head_(next_head) {
+    const bool capped = a.softcap > 0, factors = a.page_dtype == kFp8;
+    constexpr double log2e = 1.4426950408889634;
+    how_ = {static_cast<float>(a.scale / (capped ? a.softcap : 1.0)), static_cast<float>((capped ? a.softcap : a.scale) * log2e), capped,
+            factors};
+    for (int64_t i = 0; i < tall_; ++i) {
+      const T* q = static_cast<const T*>(a.q) + row_of(i) * a.q_row + query_head(i) * a.q_head;
+      for (int64_t at = 0; at < s_.depth; at += W) {
+        const int64_t number = at * Math::kPack;
+        store(w_.queries + i * s_.depth + at, Math::words(q + number, a.dim - number), s_.depth - at);
+      }
+    }
+  }
+
+  void run(const int32_t* item, const Partials& partials) {
+    if (item[5] == 0) {
+      attend(item[2]);
+      for (int64_t i = 0; i < tall_; ++i) {
+        const int64_t slot = (item[4] + row_of(i) - row_begin_) * a_.q_heads + query_head(i);
+        partials.sums[slot] = w_.sums[i];
+        if (!is_nothing(w_.sums[i])) __builtin_memcpy(partials.acc + slot * a_.dim, w_.acc + i * s_.width, a_.dim * sizeof(float));
+      }
+      return;
+    }
+    __builtin_memset(w_.all_acc, 0, tall_ * s_.width * sizeof(float));
+    for (int64_t i = 0; i < tall_; ++i) w_.all_sums[i] = kNothing;
+    for (int64_t part = item[2]; part < item[3]; ++part) {
+      attend(part);
+      for (int64_t i = 0; i < tall_; ++i) fold(w_.all_acc + i * s_.width, w_.all_sums[i], w_.acc + i * s_.width, w_.sums[i], s_.dim);
+    }
+    for (int64_t i = 0; i < tall_; ++i) {
+      const int64_t index = row_of(i) * a_.q_heads + query_head(i);
+      finish(w_.all_acc + i * s_.width, w_.all_sums[i], static_cast<T*>(a_.out) + index * a_.dim, a_.lse == nullptr ? nullptr : a_.lse + index,
+             a_.dim);
+    }
+  }
+
+ private:
+  int64_t row_of(int64_t i) const { return row_begin_ + i / s_.group; }
+  int64_t query_head(int64_t i) const { return head_ * s_.group + i % s_.group; }
+
+  // The tile over one part's keys: weighted values in `acc`, and `sums`.
+  void attend(int64_t number) {
+    const int32_t* part = a_.parts + 3 * number;
+    const int64_t segment = part[0], first_key = a_.key_begin[segment];
+    __builtin_memset(w_.acc, 0, tall_ * s_.width * sizeof(float));
+    for (int64_t i = 0; i < tall_; ++i) w_.sums[i] = kNothing;
+    int64_t least = a_.position[row_begin_], most = least;
+    for (int64_t row = row_begin_; row < row_begin_ + rows_; ++row) {
+      least = smaller(least, a_.position[row]);
+      most = larger(most, a_.position[row]);
+    }
+    int64_t begin = part[1];
+    const int64_t end = smaller(smaller(part[2], a_.length[segment]), most - first_key + 1);  // no row sees the keys after it
+    if (a_.window > 0) {  // nor the blocks before this one
+      const int64_t skipped = smaller(least - a_.window + 1 - first_key, end) - begin;
+      if (skipped > 0) begin += skipped / kKeys * kKeys;
+    }
+    const int32_t* pages = a_.pages + a_.page_ptr[segment];
+    if (begin < end) locate(a_, pages, head_, begin, smaller(begin + kKeys, end), *w_.ahead);
+    for (int64_t key = begin; key < end; key += kKeys) {
+      Located* here = w_.ahead;
+      w_.ahead = w_.at;
+      w_.at = here;
+      if (key + kKeys < end) {
+        locate(a_, pages, head_, key + kKeys, smaller(key + 2 * kKeys, end), *w_.ahead);
+      } else {
+        locate_next(number);
+      }
+      fetched_ = 0;
+      block(first_key, key, smaller(key + kKeys, end));
+    }
+  }
+
+  // The first block of the part, or of the item, that comes after this part.
+  void locate_next(int64_t number) {
+    w_.ahead->keys = 0;
+    const bool here = number < last_part_;
+    if (!here && next_ == nullptr) return;
+    const int32_t* part = a_.parts + 3 * (here ? number + 1 : next_[2]);
+    const int64_t end = smaller(smaller(part[2], a_.length[part[0]]), part[1] + kKeys);
+    if (part[1] < end) locate(a_, a_.pages + a_.page_ptr[part[0]], here ? head_ : next_head_, part[1], end, *w_.ahead);
+  }
+
+  // Asks for so many keys more of the block to come: spread over the work on this one, since only some 20 lines can be on their way.
+  void fetch_ahead(int64_t keys_more) {
+    const int64_t until = smaller(fetched_ + keys_more, w_.ahead->keys);
+    const char *keys = static_cast<const char*>(a_.k_pages), *values = static_cast<const char*>(a_.v_pages);
+    for (; fetched_ < until; ++fetched_) {
+      const int64_t key = w_.ahead->key_at[fetched_] * sizeof(Page), value = w_.ahead->value_at[fetched_] * sizeof(Page);
+      for (int64_t byte = 0; byte < a_.dim * static_cast<int64_t>(sizeof(Page)); byte += kLine) {
+        __builtin_prefetch(keys + key + byte, 0, 2);
+        __builtin_prefetch(values + value + byte, 0, 2);
+      }
+    }
+  }
+
+  // Keys [begin, end) of a segment, at most kKeys.
+  void block(int64_t first_key, int64_t begin, int64_t end) {
+    const int64_t keys = end - begin;
+    bool any = false;
+    for (int64_t i = 0; i < tall_; i += s_.group) {
+      const int64_t last = a_.position[row_of(i)] - first_key - begin;  // the last key it may see
+      const int64_t from = a_.window > 0 ? larger(last - a_.window + 1, 0) : 0, to = smaller(last + 1, keys);
+      const Seen seen = from < to ? Seen{from, to} : Seen{0, 0};
+      any = any || from < to;
+      for (int64_t j = 0; j < s_.group; ++j) w_.seen[i + j] = seen;
+    }
+    if (!any) return;
+    pack_keys<Math, Page>(a_, *w_.at, s_.depth, w_.keys);
+    pack_values<Math, Page>(a_, *w_.at, s_.width, w_.values);
+    for (int64_t row = 0; row < tall_; row += kStrip) strip(row, smaller(row + kStrip, tall_));
+  }
+
+  void strip(int64_t begin, int64_t end) {
+    while (begin < end && w_.seen[begin].end == 0) ++begin;  // rows before these keys
+    while (begin < end && w_.seen[end - 1].end == 0) --end;
+    if (begin == end) return;
+    int64_t keys = 0;  // up to the last that any of them sees: on a prefill's diagonal that is half a block
+    for (int64_t i = begin; i < end; ++i) keys = larger(keys, w_.seen[i].end);
+    constexpr int64_t weights_row = kKeys / Math::kPack;
+    const int64_t pace = ceil_div(w_.ahead->keys, tall_);
+    multiply<Math, false>(end - begin, ceil_div(keys, W), w_.queries + begin * s_.depth, s_.depth, w_.keys, kPanel * s_.depth, kPanel,
+                          w_.scores, kKeys, s_.depth, w_.shrink);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t at = i - begin;
+      w_.shrink[at] = weigh<Math>(w_.scores + at * kKeys, w_.weights + at * weights_row, w_.seen[i], keys, how_, *w_.at, w_.sums[i]);
+      fetch_ahead(pace);
+    }
+    multiply<Math, true>(end - begin, s_.width / W, w_.weights, weights_row, w_.values, kPanel, s_.width, w_.acc + begin * s_.width,
+                         s_.width, ceil_div(keys, Math::kPack), w_.shrink);
+  }
+
+  const Attention& a_;
+  const Shape<Math>& s_;
+  Workspace<Math> w_;
+  const int64_t head_, row_begin_, rows_, tall_, last_part_;
+  const int32_t* next_;
+  const int64_t next_head_;
+  int64_t fetched_ = 0;
+  Scaling how_;
+};
+
+template <class T>
+void merge_rows(const Attention& a, const Partials& partials, const Crew& crew) {
+  const Share share = share_of(a.header[1] * a.q_heads, crew);
+  float* acc = static_cast<float*>(crew.own());
+  for (int64_t task = share.begin; task < share.end; ++task) {
+    const int64_t index = task / a.q_heads, head = task % a.q_heads, row = a.merge_rows[index];
+    Sum all = kNothing;
+    __builtin_memset(acc, 0, a.dim * sizeof(float));
+    for (int64_t at = a.merge_ptr[index]; at < a.merge_ptr[index + 1]; ++at) {
+      const int64_t slot = a.merge_slots[at] * a.q_heads + head;
+      fold(acc, all, partials.acc + slot * a.dim, partials.sums[slot], a.dim);
+    }
+    const int64_t to = row * a.q_heads + head;
+    finish(acc, all, static_cast<T*>(a.out) + to * a.dim, a.lse == nullptr ? nullptr : a.lse + to, a.dim);
+  }
+}
+
+template <class Math, class T, class Page>
+void attend_items(const Attention& a, const Crew& crew) {
+  const Shape<Math> shape(a);
+  const Workspace<Math> workspace(shape, crew.own());
+  const Partials partials = partials_in(a, crew.shared());
+  const int64_t tasks = a.header[0] * a.kv_heads;
+  for (int64_t task; (task = crew.take()) < tasks;) {
+    const int64_t later = task + crew.threads;
+    const int32_t *item = a.items + 6 * (task / a.kv_heads), *next = later < tasks ? a.items + 6 * (later / a.kv_heads) : nullptr;
+    Item<Math, T, Page>(a, shape, workspace, item, task % a.kv_heads, next, later % a.kv_heads).run(item, partials);
+  }
+  if (a.header[1] == 0) return;
+  crew.barrier();
+  merge_rows<T>(a, partials, crew);
+}
+
+// Whether bf16 meets bf16 (or fp8, which fits it) in the instruction for that.
+inline bool in_pairs(const Attention& a) {
+  return WHISPERS_LEVEL >= 2 && a.dtype == kBf16 && (a.page_dtype == kBf16 || a.page_dtype == kFp8);
+}
+
+inline int64_t attention_scratch(const Attention& a) {  // bytes of each thread; `partials_bytes`: of all together
+#if WHISPERS_LEVEL >= 2
+  if (in_pairs(a)) return Workspace<Pairs>(Shape<Pairs>(a), nullptr).bytes;
+#endif
+  return Workspace<Floats>(Shape<Floats>(a), nullptr).bytes;
+}
+
+inline void committee_attention(const Attention& a, const Crew& crew) {
+#if WHISPERS_LEVEL >= 2
+  if (in_pairs(a)) return a.page_dtype == kFp8 ? attend_items<Pairs, Bf16, Fp8>(a, crew) : attend_items<Pairs, Bf16, Bf16>(a, crew);
+#endif
+  with_dtype(a.dtype, [&](auto kind) {
+    with_page_dtype(a.page_dtype, [&](auto page_kind) { attend_items<Floats, decltype(kind), decltype(page_kind)>(a, crew); });
+  });
+}
+
+}  // namespace whispers::WHISPERS_ISA

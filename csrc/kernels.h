@@ -1,0 +1,53 @@
+// Everything that is compiled once for each instruction set; fills in a `Kernels` table.
+#pragma once
+
+#include "attention.h"
+#include "embed_rows.h"
+#include "isa.h"
+#include "pool_logits.h"
+#include "rms_norm.h"
+#include "rope_and_store.h"
+#include "silu_mul.h"
+
+namespace whispers::WHISPERS_ISA {
+
+// Runs an operation's body on the team, or on the caller alone where that takes less than to wake and wait for the others: under about
+// 16 thousand numbers.
+// `each` and `shared`: bytes of scratch. False where there is no memory for them.
+template <class Args, void (*body)(const Args&, const Crew&)>
+bool on_team(const Args& args, Team& team, int64_t numbers, int64_t each = 0, int64_t shared = 0) {
+  if (!team.reserve(each, shared)) return false;
+  team.run([](void* context, const Crew& crew) { body(*static_cast<const Args*>(context), crew); }, const_cast<Args*>(&args),
+           numbers < (1 << 14));
+  return true;
+}
+
+inline bool run_attention(const Attention& a, Team& team) {
+  const int64_t tasks = a.header[0] * a.kv_heads;
+  return on_team<Attention, committee_attention>(a, team, tasks < 2 ? 0 : 1 << 14, attention_scratch(a), partials_bytes(a));
+}
+inline bool run_embed_rows(const EmbedRows& a, Team& team) { return on_team<EmbedRows, embed_rows>(a, team, a.rows * a.hidden); }
+inline bool run_rms_norm(const RmsNorm& a, Team& team) { return on_team<RmsNorm, rms_norm>(a, team, a.rows * a.width); }
+inline bool run_silu_mul(const SiluMul& a, Team& team) { return on_team<SiluMul, silu_mul>(a, team, a.rows * a.width); }
+inline bool run_rope_and_store(const RopeAndStore& a, Team& team) {
+  return on_team<RopeAndStore, rope_and_store>(a, team, a.rows * (a.q_heads + 2 * a.kv_heads) * a.dim, rope_scratch(a));
+}
+inline bool run_pool_logits(const PoolLogits& a, Team& team) {
+  return on_team<PoolLogits, pool_logits>(a, team, a.rows * a.vocabulary, 0, pool_scratch(a));
+}
+
+}  // namespace whispers::WHISPERS_ISA
+
+namespace whispers {
+
+const Kernels WHISPERS_TABLE = {
+    WHISPERS_NAME,
+    WHISPERS_ISA::run_attention,
+    WHISPERS_ISA::run_embed_rows,
+    WHISPERS_ISA::run_rms_norm,
+    WHISPERS_ISA::run_rope_and_store,
+    WHISPERS_ISA::run_silu_mul,
+    WHISPERS_ISA::run_pool_logits,
+};
+
+}  // namespace whispers

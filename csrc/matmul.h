@@ -1,0 +1,131 @@
+// The matrix product inside attention: C [M, N] = A [M, K] B [K, N], or shrink C + A B, by blocks that stay in registers.
+//
+// K is counted in words of 32 bits: one float, or two bf16 that meet two others (`Pairs`). Every element of C is summed in the order of K
+// whatever the block it lies in, so that a row's bits do not depend on how many rows there are.
+#pragma once
+
+#include "simd_math.h"
+
+namespace whispers::WHISPERS_ISA {
+
+#if WHISPERS_LEVEL >= 1
+constexpr int kBlockRows = 6, kBlockVecs = 4;  // 24 accumulators of 32 registers, 4 of B, 1 of A
+#else
+constexpr int kBlockRows = 6, kBlockVecs = 2;  // 12 of 16
+#endif
+constexpr int64_t kPanel = int64_t{kBlockVecs} * W;  // columns of a block
+
+// Words are floats.
+struct Floats {
+  static constexpr int kPack = 1;  // numbers a word
+
+  static Vec multiply(Vec a, Vec b, Vec c) { return fma(a, b, c); }
+
+  // W words from `numbers` numbers, zeros behind them.
+  template <class T>
+  static Vec words(const T* p, int64_t numbers) {
+    return load(p, numbers);
+  }
+  // kPack neighbours in K, interleaved along N.
+  template <class T>
+  static void interleave(const T* const* rows, int64_t width, float* out) {
+    for (int64_t at = 0; at < width; at += W) store(out + at, load(rows[0] + at, width - at));
+  }
+  // kPack vectors of floats, as one row's words.
+  static void store_words(float* out, const Vec* x) { store(out, x[0]); }
+};
+
+#if WHISPERS_LEVEL >= 2
+// Words are two bf16, multiplied with two others and summed in float32 by one instruction.
+struct Pairs {
+  static constexpr int kPack = 2;
+
+  static Vec multiply(Vec a, Vec b, Vec c) {
+    return _mm512_dpbf16_ps(c, (__m512bh)as_bits(a), (__m512bh)as_bits(b));
+  }
+  static Vec words(const Bf16* p, int64_t numbers) {
+    if (numbers >= 2 * W) return as_vec(_mm512_loadu_si512(p));
+    return as_vec(_mm512_maskz_loadu_epi16(static_cast<__mmask32>((1ull << larger(numbers, 0)) - 1), p));
+  }
+  static Vec words(const Fp8* p, int64_t numbers) {  // exact: three bits of mantissa fit seven
+    return as_vec((__m512i)_mm512_cvtne2ps_pbh(load(p + W, numbers - W), load(p, numbers)));
+  }
+  template <class T>
+  static void interleave(const T* const* rows, int64_t width, float* out) {
+    // Number i of one row (index i) and number i of the other (32 + i) make word i.
+    const Bits lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const Bits low = _mm512_add_epi32(_mm512_or_si512(lane, _mm512_slli_epi32(lane, 16)), splat_bits(32 << 16));
+    const Bits high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+    for (int64_t at = 0; at < width; at += 2 * W) {
+      const Bits a = as_bits(words(rows[0] + at, width - at));
+      const Bits b = rows[1] == nullptr ? _mm512_setzero_si512() : as_bits(words(rows[1] + at, width - at));
+      store(out + at, as_vec(_mm512_permutex2var_epi16(a, low, b)));
+      if (at + W < width) store(out + at + W, as_vec(_mm512_permutex2var_epi16(a, high, b)));
+    }
+  }
+  static void store_words(float* out, const Vec* x) { store(out, as_vec((__m512i)_mm512_cvtne2ps_pbh(x[1], x[0]))); }
+};
+#endif
+
+template <class Math, int kRows, int kVecs, bool kAdd>
+inline void multiply_block(const float* a, int64_t a_row, const float* b, int64_t b_row, float* c, int64_t c_row, int64_t depth,
+                           const float* shrink) {
+  Vec sums[kRows][kVecs];
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 8
+    for (int j = 0; j < kVecs; ++j) sums[i][j] = kAdd ? load(c + i * c_row + j * W) * splat(shrink[i]) : zero();
+  }
+  for (int64_t k = 0; k < depth; ++k) {
+    Vec right[kVecs];
+#pragma GCC unroll 8
+    for (int j = 0; j < kVecs; ++j) right[j] = load(b + k * b_row + j * W);
+#pragma GCC unroll 8
+    for (int i = 0; i < kRows; ++i) {
+      const Vec left = splat(a[i * a_row + k]);
+#pragma GCC unroll 8
+      for (int j = 0; j < kVecs; ++j) sums[i][j] = Math::multiply(left, right[j], sums[i][j]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 8
+    for (int j = 0; j < kVecs; ++j) store(c + i * c_row + j * W, sums[i][j]);
+  }
+}
+
+// All rows of a panel of kVecs vectors.
+template <class Math, int kVecs, bool kAdd>
+__attribute__((noinline)) void multiply_panel(int64_t rows, const float* a, int64_t a_row, const float* b, int64_t b_row, float* c,
+                                              int64_t c_row, int64_t depth, const float* shrink) {
+  int64_t row = 0;
+  for (; row + kBlockRows <= rows; row += kBlockRows) {
+    multiply_block<Math, kBlockRows, kVecs, kAdd>(a + row * a_row, a_row, b, b_row, c + row * c_row, c_row, depth, shrink + row);
+  }
+  a += row * a_row, c += row * c_row, shrink += row;
+  switch (rows - row) {
+    case 1: return multiply_block<Math, 1, kVecs, kAdd>(a, a_row, b, b_row, c, c_row, depth, shrink);
+    case 2: return multiply_block<Math, 2, kVecs, kAdd>(a, a_row, b, b_row, c, c_row, depth, shrink);
+    case 3: return multiply_block<Math, 3, kVecs, kAdd>(a, a_row, b, b_row, c, c_row, depth, shrink);
+    case 4: return multiply_block<Math, 4, kVecs, kAdd>(a, a_row, b, b_row, c, c_row, depth, shrink);
+    case 5: return multiply_block<Math, 5, kVecs, kAdd>(a, a_row, b, b_row, c, c_row, depth, shrink);
+  }
+}
+
+// C of `vecs` vectors of columns. B lies in panels of kPanel columns, `b_panel` words apart, rows `b_row` apart.
+template <class Math, bool kAdd>
+inline void multiply(int64_t rows, int64_t vecs, const float* a, int64_t a_row, const float* b, int64_t b_panel, int64_t b_row,
+                     float* c, int64_t c_row, int64_t depth, const float* shrink) {
+  for (; vecs >= kBlockVecs; vecs -= kBlockVecs, b += b_panel, c += kPanel) {
+    multiply_panel<Math, kBlockVecs, kAdd>(rows, a, a_row, b, b_row, c, c_row, depth, shrink);
+  }
+  switch (vecs) {
+    case 1: return multiply_panel<Math, 1, kAdd>(rows, a, a_row, b, b_row, c, c_row, depth, shrink);
+#if WHISPERS_LEVEL >= 1
+    case 2: return multiply_panel<Math, 2, kAdd>(rows, a, a_row, b, b_row, c, c_row, depth, shrink);
+    case 3: return multiply_panel<Math, 3, kAdd>(rows, a, a_row, b, b_row, c, c_row, depth, shrink);
+#endif
+  }
+}
+
+}  // namespace whispers::WHISPERS_ISA
