@@ -60,7 +60,8 @@ inline bool is_nothing(const Sum& sum) { return sum.top == -__builtin_inff() && 
 inline void fold(float* all_acc, Sum& all, const float* acc, const Sum& sum, int64_t dim) {
   if (is_nothing(sum)) return;
   const float top = sum.top > all.top ? sum.top : all.top, base = top == -__builtin_inff() ? 0.0f : top;
-  const float left = first_of(exp2(splat(all.top - base))), right = first_of(exp2(splat(sum.top - base)));
+  const float factor = first_of(exp2(splat((sum.top > all.top ? all.top : sum.top) - base)));  // of the one with the lower top
+  const float left = sum.top > all.top ? factor : 1.0f, right = sum.top > all.top ? 1.0f : factor;
   all.total = __builtin_fmaf(sum.total, right, all.total * left);
   all.top = top;
   for (int64_t at = 0; at < dim; at += W) {
@@ -183,9 +184,9 @@ class Item {
     if (part[1] < end) locate(a_, a_.pages + a_.page_ptr[part[0]], here ? head_ : next_head_, part[1], end, *w_.ahead);
   }
 
-  // Asks for the first `share` of 1 of the block to come: spread over the work on this one, since only some 20 lines can be on their way.
-  void fetch_ahead(int64_t done, int64_t of) {
-    const int64_t until = w_.ahead->keys * done / of;
+  // Asks for so many keys more of the block to come: spread over the work on this one, since only some 20 lines can be on their way.
+  void fetch_ahead(int64_t keys_more) {
+    const int64_t until = smaller(fetched_ + keys_more, w_.ahead->keys);
     const char *keys = static_cast<const char*>(a_.k_pages), *values = static_cast<const char*>(a_.v_pages);
     for (; fetched_ < until; ++fetched_) {
       const int64_t key = w_.ahead->key_at[fetched_] * sizeof(Page), value = w_.ahead->value_at[fetched_] * sizeof(Page);
@@ -210,20 +211,23 @@ class Item {
     if (!any) return;
     pack_keys<Math, Page>(a_, *w_.at, s_.depth, w_.keys);
     pack_values<Math, Page>(a_, *w_.at, s_.width, w_.values);
-    for (int64_t row = 0; row < tall_; row += kStrip) strip(row, smaller(row + kStrip, tall_), keys);
+    for (int64_t row = 0; row < tall_; row += kStrip) strip(row, smaller(row + kStrip, tall_));
   }
 
-  void strip(int64_t begin, int64_t end, int64_t keys) {
+  void strip(int64_t begin, int64_t end) {
     while (begin < end && w_.seen[begin].end == 0) ++begin;  // rows before these keys
     while (begin < end && w_.seen[end - 1].end == 0) --end;
     if (begin == end) return;
+    int64_t keys = 0;  // up to the last that any of them sees: on a prefill's diagonal that is half a block
+    for (int64_t i = begin; i < end; ++i) keys = larger(keys, w_.seen[i].end);
     constexpr int64_t weights_row = kKeys / Math::kPack;
+    const int64_t pace = ceil_div(w_.ahead->keys, tall_);
     multiply<Math, false>(end - begin, ceil_div(keys, W), w_.queries + begin * s_.depth, s_.depth, w_.keys, kPanel * s_.depth, kPanel,
                           w_.scores, kKeys, s_.depth, w_.shrink);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t at = i - begin;
       w_.shrink[at] = weigh<Math>(w_.scores + at * kKeys, w_.weights + at * weights_row, w_.seen[i], keys, how_, *w_.at, w_.sums[i]);
-      fetch_ahead(i + 1, tall_);
+      fetch_ahead(pace);
     }
     multiply<Math, true>(end - begin, s_.width / W, w_.weights, weights_row, w_.values, kPanel, s_.width, w_.acc + begin * s_.width,
                          s_.width, ceil_div(keys, Math::kPack), w_.shrink);

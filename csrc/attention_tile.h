@@ -7,10 +7,11 @@
 
 namespace whispers::WHISPERS_ISA {
 
-// Keys of a block: one step of the online softmax. With D = 64 a block's keys and values in bf16 take 32 KB, and stay in the first cache
-// beside the scores of kStrip rows. It is part of the order in which a row is summed.
-constexpr int64_t kKeys = 128;
-constexpr int64_t kStrip = 24;  // rows whose scores are made, weighed and used before the next
+// Keys of a block: one step of the online softmax, and the shortest range of keys there is. It is part of the order in which a row is summed.
+// Measured on Zen 5, 32 rows of 3 heads over 2048 keys, D = 64: 128 keys 6 % slower, 64 keys 18 %.
+constexpr int64_t kKeys = 256;
+// Rows whose scores are made, weighed and used before the next, so that they stay in the first cache beside the keys: 12 KB.
+constexpr int64_t kStrip = 12;
 
 // Sizes of an attention's scratch, in words.
 template <class Math>
