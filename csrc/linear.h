@@ -16,11 +16,11 @@ inline int64_t blocks_of(const Packed& p) { return ceil_div(p.outputs, kOutputs)
 inline int64_t panels_of(const Packed& p) { return ceil_div(blocks_of(p), kPanelBlocks); }
 inline int64_t columns_of(const Packed& p) { return p.gated ? p.outputs / 2 : p.outputs; }
 
-// Scale, bias: what is left to do with a row's sums of the outputs from `first` on.
-inline void finish_sums(const Packed& p, float* sums, int64_t first, int64_t outputs, const float* row_scale) {
+// Weights' scale, bias: what is left to do with a row's sums of the outputs from `first` on.
+inline void finish_sums(const Packed& p, float* sums, int64_t first, int64_t outputs) {
   for (int64_t at = 0; at < outputs; at += W) {
     Vec value = load(sums + at);
-    if (p.kind == kInt8Weights) value = floats_of(value, p.offset + first + at) * splat(*row_scale) * load(p.scale + first + at);
+    if (p.kind == kInt8Weights) value = value * load(p.scale + first + at);
     if (p.bias != nullptr) value = value + load(p.bias + first + at);
     store(sums + at, value);
   }
@@ -53,10 +53,8 @@ inline void store_sums(const Linear& a, const float* sums, int64_t row, int64_t 
 }
 
 template <class T>
-inline void finish_tile(const Linear& a, const LinearRows& x, float* sums, int64_t row, int64_t rows, int64_t first, int64_t outputs) {
-  for (int64_t r = 0; r < rows; ++r) {
-    finish_sums(a.weights, sums + r * kPanelOutputs, first, outputs, x.scale == nullptr ? nullptr : x.scale + row + r);
-  }
+inline void finish_tile(const Linear& a, float* sums, int64_t row, int64_t rows, int64_t first, int64_t outputs) {
+  for (int64_t r = 0; r < rows; ++r) finish_sums(a.weights, sums + r * kPanelOutputs, first, outputs);
   const int64_t share = a.weights.gated ? 2 : 1, column = first / share;
   if (a.weights.gated) gate_sums(sums, rows, outputs);
   const int64_t count = smaller(outputs / share, columns_of(a.weights) - column);
@@ -81,7 +79,7 @@ inline void linear_panels(const Linear& a, const LinearRows& x, int64_t begin, i
       const bool fetch = after != nullptr && fetched < lines;
       const Ahead ahead{reinterpret_cast<const char*>(after) + fetched * kLine, fetch ? a_chunk : 0};
       panel_of_rows<Words>(rows, blocks, w, x.words + row * x.row, x.row, steps, sums, ahead);
-      finish_tile<T>(a, x, sums, row, rows, first, blocks * kOutputs);
+      finish_tile<T>(a, sums, row, rows, first, blocks * kOutputs);
       row += rows;
     }
   }

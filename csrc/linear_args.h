@@ -1,7 +1,8 @@
 // Packed weights, and the arguments of a linear over them, as the Python side (`whispers_kernels/cpp/linear.py`) lays them out.
 //
 // A word is 32 bits of one output: one float32, two neighbours in depth of bf16, or four of int8; a matrix [outputs, depth] has
-// steps = ceil(depth / numbers a word) words an output, zeros behind the end. Outputs come in panels of 48, the last one narrower (a
+// steps = ceil(depth / numbers a word) words an output, zeros behind the end. (An int8 is held as its value plus 128: where one factor of a
+// product must be unsigned, and it is the weight, what makes up for it is a number a row of x, not one an output.) Outputs come in panels of 48, the last one narrower (a
 // multiple of 16): panel p holds words [steps, 48], so that a thread reads its panels as one stream, and one load meets one word of x.
 // In a gated matrix every 16 outputs are 8 gates and the 8 ups of the same index.
 #pragma once
@@ -17,11 +18,10 @@ constexpr int64_t kPanelOutputs = kPanelBlocks * kOutputs;
 enum WeightKind : int64_t { kFloatWeights = 0, kBf16Weights = 1, kInt8Weights = 2 };
 
 struct Packed {
-  const float* words;     // the panels, one after the other
-  const float* scale;     // [blocks * 16] of int8 weights: weight = number * scale
-  const int32_t* offset;  // [blocks * 16] of int8 weights: 128 times the sum of an output's numbers
-  const float* bias;      // [blocks * 16], or null
-  int64_t outputs;        // of the matrix before padding; of a gated one, gates and ups together
+  const float* words;  // the panels, one after the other
+  const float* scale;  // [blocks * 16] of int8 weights: weight = number * scale
+  const float* bias;   // [blocks * 16], or null
+  int64_t outputs;     // of the matrix before padding; of a gated one, gates and ups together
   int64_t depth;
   int64_t kind;
   int64_t gated;  // y[i] = silu(gate[i]) * up[i]: outputs / 2 columns

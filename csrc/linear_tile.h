@@ -16,13 +16,14 @@ constexpr int64_t kFetchSteps = 8;
 // after the other in spans, whatever the shape of the tile: a row's bits do not depend on its neighbours.
 template <class Words, int kTileRows, int kVecs>
 __attribute__((noinline)) void linear_tile(const float* w, int64_t w_step, const float* x, int64_t x_row, int64_t steps, float* sums, Ahead ahead) {
-  for (int64_t begin = 0; begin < steps; begin += Words::kSpan) {
+  const float* marks = x + steps * Words::kLeft;
+  for (int64_t begin = 0; begin < steps; begin += Words::kSpan, marks += Words::kMarks) {
     const int64_t end = smaller(steps, begin + Words::kSpan);
     Vec total[kTileRows][kVecs];
 #pragma GCC unroll 8
     for (int i = 0; i < kTileRows; ++i) {
 #pragma GCC unroll 4
-      for (int j = 0; j < kVecs; ++j) total[i][j] = zero();
+      for (int j = 0; j < kVecs; ++j) total[i][j] = Words::begin(marks + i * x_row);
     }
     for (int64_t step = begin; step < end;) {
       const int64_t stop = smaller(step + kFetchSteps, end);
@@ -44,7 +45,8 @@ __attribute__((noinline)) void linear_tile(const float* w, int64_t w_step, const
 #pragma GCC unroll 4
       for (int j = 0; j < kVecs; ++j) {
         float* to = sums + i * kPanelOutputs + j * W;
-        store(to, begin == 0 ? total[i][j] : load(to) + total[i][j]);
+        const Vec sum = Words::end(total[i][j], marks + i * x_row);
+        store(to, begin == 0 ? sum : load(to) + sum);
       }
     }
   }

@@ -24,7 +24,7 @@ inline void unpack_row(const Packed& p, int64_t id, float* row) {
           const uint32_t bits = word >> 16 * i << 16;
           __builtin_memcpy(to, &bits, 4);
         } else {
-          *to = static_cast<float>(static_cast<int8_t>(word >> 8 * i)) * p.scale[id];
+          *to = static_cast<float>(static_cast<int>(word >> 8 * i & 255) - 128) * p.scale[id];
         }
       }
     }

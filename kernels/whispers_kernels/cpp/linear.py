@@ -8,8 +8,8 @@ from torch import Tensor
 from .library import address, dense, dtype_of, operation
 from .packing import Memory, in_turn, padded_vector, quantize, words_of
 
-_linear = operation("linear", "18q")
-_unpack_rows = operation("unpack_rows", "15q")
+_linear = operation("linear", "17q")
+_unpack_rows = operation("unpack_rows", "14q")
 
 _KINDS = {torch.float32: 0, torch.float16: 0, torch.bfloat16: 1}
 _INT8 = 2
@@ -25,12 +25,12 @@ class PackedLinear:
     Args:
         weight: `[N, K]` float32, bfloat16 or float16 on the CPU; not kept.
         bias: `[N]`, or None.
-        quantization: None, or "int8": one scale an output; x is quantised at every call, one scale a row.
+        quantization: None, or "int8": one scale an output; x is quantised at every call, one scale for 64 neighbours of a row.
         gated: W is gates `[N/2, K]` and ups behind each other, and the result `silu(gate) * up`, `[R, N/2]`.
         memory: what the packed weights lie in; None: memory of their own.
 
     Raises:
-        ValueError: another device, dtype, shape or quantization; int8 with a K over 65536, whose sums could leave 32 bits.
+        ValueError: another device, dtype, shape or quantization.
     """
 
     def __init__(
@@ -49,13 +49,11 @@ class PackedLinear:
         if gated:
             weight, bias = in_turn(weight), None if bias is None else in_turn(bias)
         self._scale: Tensor | None = None
-        self._offset: Tensor | None = None
         if quantization == "int8":
             self._kind = _INT8
             weight, scale = quantize(weight)
             self._scale = padded_vector(scale, torch.float32)
-            # x is quantised to unsigned numbers, 128 too large.
-            self._offset = padded_vector(128 * weight.sum(1, dtype=torch.int32), torch.int32)
+            weight = weight.to(torch.int16).add(128).to(torch.uint8)
         else:
             self._kind = _KINDS[weight.dtype]
             weight = weight.float() if self._kind == 0 else weight
@@ -63,14 +61,14 @@ class PackedLinear:
         words = words_of(weight)
         self._words = (memory or Memory(0)).take(words.numel()).copy_(words)
         self.block = (
-            *map(address, (self._words, self._scale, self._offset, self._bias)),
+            *map(address, (self._words, self._scale, self._bias)),
             *(self.outputs, self.depth, self._kind, int(gated)),
         )  # a `Packed` of csrc/linear_args.h, for blocks of arguments that contain one
 
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return sum(t.nbytes for t in (self._words, self._scale, self._offset, self._bias) if t is not None)
+        return sum(t.nbytes for t in (self._words, self._scale, self._bias) if t is not None)
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Multiplies rows.
@@ -148,7 +146,5 @@ def _check(weight: Tensor, bias: Tensor | None, quantization: str | None, gated:
         raise ValueError(f"bias: {list(bias.shape)} on {bias.device}; accepted: [{weight.shape[0]}] on the CPU")
     if quantization not in (None, "int8"):
         raise ValueError(f"quantization: {quantization!r}; accepted: None, 'int8'")
-    if quantization == "int8" and weight.shape[1] > 2**16:
-        raise ValueError(f"weight: {list(weight.shape)} in int8; accepted: at most {2**16} inputs")
     if gated and weight.shape[0] % 2:
         raise ValueError(f"weight: {list(weight.shape)}, gated; accepted: an even number of outputs")

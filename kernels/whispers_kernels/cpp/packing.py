@@ -9,6 +9,7 @@ from torch import Tensor
 
 OUTPUTS = 16  # outputs come in multiples of this,
 PANEL = 48  # and in panels of this; the last one may be narrower
+GROUP = 64  # of x's numbers, that share a scale in an int8 product
 _HUGE = 2**21  # bytes of a huge page
 
 
@@ -50,17 +51,22 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """What an int8 product rounds its input to, row by row: `x` is about `numbers * scale[:, None]`.
+    """What an int8 product rounds its input to: 64 neighbours of a row share a scale; `x` is about `numbers * scale`, both of them float32.
+
+    One scale a row would move the probabilities of SmolLM2-135M's options twice as far (0.0147 on average, to 0.0066).
 
     Args:
         x: `[R, K]`.
 
     Returns:
-        numbers int8 `[R, K]` in [-127, 127]; scale float32 `[R]`.
+        numbers float32 `[R, K]`, whole ones in [-127, 127]; scale float32 `[R, K]`.
     """
-    top = x.float().abs().amax(1)
-    numbers = (x.float() * torch.where(top > 2.0**-120, 127 / top, 0)[:, None]).round()
-    return numbers.to(torch.int8), top * torch.tensor(1 / 127, dtype=torch.float32)
+    groups = torch.nn.functional.pad(x.float(), (0, -x.shape[1] % GROUP)).unflatten(1, (-1, GROUP))
+    top = groups.abs().amax(2, keepdim=True)
+    factor = torch.full_like(top, 127) / top  # 127 / top would be 127 times a rounded 1 / top
+    numbers = (groups * torch.where(top > 2.0**-120, factor, 0)).round()
+    scale = (top * torch.tensor(1 / 127, dtype=torch.float32)).expand_as(groups)
+    return numbers.flatten(1)[:, : x.shape[1]], scale.flatten(1)[:, : x.shape[1]]
 
 
 def in_turn(gate_up: Tensor) -> Tensor:
@@ -70,7 +76,7 @@ def in_turn(gate_up: Tensor) -> Tensor:
 
 
 def words_of(weight: Tensor) -> Tensor:
-    """A matrix `[N, K]` of float32, bfloat16 or int8 as int32 words, panel by panel: see `csrc/linear_args.h`."""
+    """A matrix `[N, K]` of float32, bfloat16 or bytes as int32 words, panel by panel: see `csrc/linear_args.h`."""
     numbers = 4 // weight.element_size()
     steps = -(-weight.shape[1] // numbers)
     weight = torch.nn.functional.pad(_padded(weight, OUTPUTS), (0, steps * numbers - weight.shape[1]))
