@@ -22,8 +22,8 @@ inline Vec shift_left(Vec x) { return as_vec(_mm512_slli_epi32(as_bits(x), 16));
 inline Vec high_half(Vec x) { return as_vec(_mm512_and_si512(as_bits(x), splat_bits(-65536))); }
 inline Vec even_bytes(Vec x) { return as_vec(_mm512_and_si512(as_bits(x), splat_bits(0x00ff00ff))); }
 inline Vec odd_bytes(Vec x) { return as_vec(_mm512_srli_epi16(as_bits(x), 8)); }
-inline Vec add_pairs(Vec a, Vec b, Vec sum) { return as_vec(_mm512_add_epi32(as_bits(sum), _mm512_madd_epi16(as_bits(a), as_bits(b)))); }
-inline Vec floats_of(Vec integers) { return _mm512_cvtepi32_ps(as_bits(integers)); }
+inline Bits add_pairs(Vec a, Vec b, Bits sum) { return _mm512_add_epi32(sum, _mm512_madd_epi16(as_bits(a), as_bits(b))); }
+inline Vec floats_of(Bits integers) { return _mm512_cvtepi32_ps(integers); }
 #else
 constexpr int kTileVecs = 2;     // one block
 constexpr int kOneWordRows = 5;  // 10 accumulators, 2 weights, 1 of x, of 16 registers
@@ -32,8 +32,8 @@ inline Vec shift_left(Vec x) { return as_vec(_mm256_slli_epi32(as_bits(x), 16));
 inline Vec high_half(Vec x) { return as_vec(_mm256_and_si256(as_bits(x), splat_bits(-65536))); }
 inline Vec even_bytes(Vec x) { return as_vec(_mm256_and_si256(as_bits(x), splat_bits(0x00ff00ff))); }
 inline Vec odd_bytes(Vec x) { return as_vec(_mm256_srli_epi16(as_bits(x), 8)); }
-inline Vec add_pairs(Vec a, Vec b, Vec sum) { return as_vec(_mm256_add_epi32(as_bits(sum), _mm256_madd_epi16(as_bits(a), as_bits(b)))); }
-inline Vec floats_of(Vec integers) { return _mm256_cvtepi32_ps(as_bits(integers)); }
+inline Bits add_pairs(Vec a, Vec b, Bits sum) { return _mm256_add_epi32(sum, _mm256_madd_epi16(as_bits(a), as_bits(b))); }
+inline Vec floats_of(Bits integers) { return _mm256_cvtepi32_ps(integers); }
 #endif
 
 constexpr int64_t kWhole = int64_t{1} << 62;
@@ -41,6 +41,7 @@ constexpr int64_t kWhole = int64_t{1} << 62;
 // Sums of a span begin at zero, and are what they are.
 struct PlainSpans {
   static constexpr int kMarks = 0;
+  using Sum = Vec;
   static Vec begin(const float*) { return zero(); }
   static Vec end(Vec sum, const float*) { return sum; }
 };
@@ -48,9 +49,10 @@ struct PlainSpans {
 // Quantised rows have two words for each span, behind all words of the row: the scale of its numbers, and where its sums begin.
 struct QuantisedSpans {
   static constexpr int kMarks = 2;
+  using Sum = Bits;
   static constexpr int64_t kSpan = 16;  // 64 numbers have a scale: SmolLM2-135M's options moved by 0.0147 with one a row, by 0.0066 so
-  static Vec begin(const float* marks) { return splat(marks[1]); }
-  static Vec end(Vec sum, const float* marks) { return floats_of(sum) * splat(marks[0]); }
+  static Bits begin(const float* marks) { return as_bits(splat(marks[1])); }
+  static Vec end(Bits sum, const float* marks) { return floats_of(sum) * splat(marks[0]); }
 };
 
 struct FloatWords : PlainSpans {
@@ -77,7 +79,7 @@ struct QuadWords : QuantisedSpans {  // x as signed bytes
   using Wide = Vec;
   static Wide weight(Vec words) { return words; }
   static Wide left(const float* x) { return splat(*x); }
-  static Vec multiply(Wide x, Wide w, Vec sum) { return as_vec(_mm512_dpbusd_epi32(as_bits(sum), as_bits(w), as_bits(x))); }
+  static Bits multiply(Wide x, Wide w, Bits sum) { return _mm512_dpbusd_epi32(sum, as_bits(w), as_bits(x)); }
 };
 #else
 struct PairWords : PlainSpans {  // x as two floats
@@ -94,7 +96,7 @@ struct QuadWords : QuantisedSpans {  // x as int16: numbers 0 and 2, then 1 and 
   using Wide = Two;
   static Wide weight(Vec words) { return {even_bytes(words), odd_bytes(words)}; }
   static Wide left(const float* x) { return {splat(x[0]), splat(x[1])}; }
-  static Vec multiply(const Wide& x, const Wide& w, Vec sum) { return add_pairs(x.b, w.b, add_pairs(x.a, w.a, sum)); }
+  static Bits multiply(const Wide& x, const Wide& w, Bits sum) { return add_pairs(x.b, w.b, add_pairs(x.a, w.a, sum)); }
 };
 #endif
 
