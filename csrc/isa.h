@@ -3,6 +3,7 @@
 #pragma once
 
 #include "args.h"
+#include "linear_args.h"
 #include "team.h"
 
 namespace whispers {
@@ -16,6 +17,8 @@ struct Kernels {
   bool (*rope_and_store)(const RopeAndStore&, Team&);
   bool (*silu_mul)(const SiluMul&, Team&);
   bool (*pool_logits)(const PoolLogits&, Team&);
+  bool (*linear)(const Linear&, Team&);
+  bool (*unpack_rows)(const UnpackRows&, Team&);
 };
 
 #if defined(WHISPERS_X86)

@@ -4,6 +4,8 @@
 #include "attention.h"
 #include "embed_rows.h"
 #include "isa.h"
+#include "linear.h"
+#include "linear_unpack.h"
 #include "pool_logits.h"
 #include "rms_norm.h"
 #include "rope_and_store.h"
@@ -36,6 +38,13 @@ inline bool run_pool_logits(const PoolLogits& a, Team& team) {
   return on_team<PoolLogits, pool_logits>(a, team, a.rows * a.vocabulary, 0, pool_scratch(a));
 }
 
+inline bool run_linear(const Linear& a, Team& team) {
+  return on_team<Linear, linear>(a, team, a.rows * a.weights.outputs * a.weights.depth, 0, rows_bytes(a));
+}
+inline bool run_unpack_rows(const UnpackRows& a, Team& team) {
+  return on_team<UnpackRows, unpack_rows>(a, team, a.rows * a.weights.depth, unpack_scratch(a));
+}
+
 }  // namespace whispers::WHISPERS_ISA
 
 namespace whispers {
@@ -48,6 +57,8 @@ const Kernels WHISPERS_TABLE = {
     WHISPERS_ISA::run_rope_and_store,
     WHISPERS_ISA::run_silu_mul,
     WHISPERS_ISA::run_pool_logits,
+    WHISPERS_ISA::run_linear,
+    WHISPERS_ISA::run_unpack_rows,
 };
 
 }  // namespace whispers

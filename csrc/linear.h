@@ -1,0 +1,118 @@
+// y = x W^T (+ bias) (+ residual), or silu(gate) * up, over packed weights: what a decoder's time goes into.
+//
+// A thread reads its own panels, one after the other, once for all rows: with few rows the weights come from memory as fast as it gives
+// them, since while one panel is used the next one is fetched; with many rows a panel stays in the cache until every row has met it.
+#pragma once
+
+#include "linear_rows.h"
+#include "linear_tile.h"
+#include "silu_mul.h"
+
+namespace whispers::WHISPERS_ISA {
+
+constexpr int64_t kMostRows = 8;  // of a tile, in any kind of words
+
+inline int64_t blocks_of(const Packed& p) { return ceil_div(p.outputs, kOutputs); }
+inline int64_t panels_of(const Packed& p) { return ceil_div(blocks_of(p), kPanelBlocks); }
+inline int64_t columns_of(const Packed& p) { return p.gated ? p.outputs / 2 : p.outputs; }
+
+// Weights' scale, bias: what is left to do with a row's sums of the outputs from `first` on.
+inline void finish_sums(const Packed& p, float* sums, int64_t first, int64_t outputs) {
+  for (int64_t at = 0; at < outputs; at += W) {
+    Vec value = load(sums + at);
+    if (p.kind == kInt8Weights) value = value * load(p.scale + first + at);
+    if (p.bias != nullptr) value = value + load(p.bias + first + at);
+    store(sums + at, value);
+  }
+}
+
+// sums [rows, kPanelOutputs] of gates and ups in turn become silu(gate) * up, `outputs / 2` a row.
+inline void gate_sums(float* sums, int64_t rows, int64_t outputs) {
+  constexpr int64_t kHalf = kOutputs / 2;
+  float gates[kMostRows * kPanelOutputs / 2], ups[kMostRows * kPanelOutputs / 2];
+  int64_t count = 0;
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t at = 0; at < outputs; at += kOutputs, count += kHalf) {
+      __builtin_memcpy(gates + count, sums + row * kPanelOutputs + at, kHalf * sizeof(float));
+      __builtin_memcpy(ups + count, sums + row * kPanelOutputs + at + kHalf, kHalf * sizeof(float));
+    }
+  }
+  for (int64_t at = 0; at < count; at += W) store(gates + at, silu(load(gates + at, count - at)) * load(ups + at, count - at), count - at);
+  for (int64_t row = 0; row < rows; ++row) __builtin_memcpy(sums + row * kPanelOutputs, gates + row * outputs / 2, outputs / 2 * sizeof(float));
+}
+
+template <class T>
+inline void store_sums(const Linear& a, const float* sums, int64_t row, int64_t column, int64_t count) {
+  T* out = static_cast<T*>(a.out) + row * a.out_row + column;
+  const T* residual = a.residual == nullptr ? nullptr : static_cast<const T*>(a.residual) + row * a.residual_row + column;
+  for (int64_t at = 0; at < count; at += W) {
+    Vec value = load(sums + at, count - at);
+    if (residual != nullptr) value = value + load(residual + at, count - at);
+    store(out + at, value, count - at);
+  }
+}
+
+template <class T>
+inline void finish_tile(const Linear& a, float* sums, int64_t row, int64_t rows, int64_t first, int64_t outputs) {
+  for (int64_t r = 0; r < rows; ++r) finish_sums(a.weights, sums + r * kPanelOutputs, first, outputs);
+  const int64_t share = a.weights.gated ? 2 : 1, column = first / share;
+  if (a.weights.gated) gate_sums(sums, rows, outputs);
+  const int64_t count = smaller(outputs / share, columns_of(a.weights) - column);
+  for (int64_t r = 0; r < rows; ++r) store_sums<T>(a, sums + r * kPanelOutputs, row + r, column, count);
+}
+
+// Panels [begin, end) of all rows. `next`: what this thread reads after them, or null.
+template <class Words, class T>
+inline void linear_panels(const Linear& a, const LinearRows& x, int64_t begin, int64_t end, const float* next) {
+  const int64_t steps = steps_of<Words>(a.weights), tiles = ceil_div(a.rows, Words::kRows), chunks = ceil_div(steps, kFetchSteps);
+  const int64_t each = a.rows / tiles, more = a.rows % tiles;  // rows of a tile: as equal as can be
+  alignas(64) float sums[kMostRows * kPanelOutputs];
+  for (int64_t panel = begin; panel < end; ++panel) {
+    const float* w = a.weights.words + panel * kPanelOutputs * steps;
+    const int64_t first = panel * kPanelOutputs, blocks = smaller(kPanelBlocks, blocks_of(a.weights) - panel * kPanelBlocks);
+    const float* after = panel + 1 < end ? w + kPanelOutputs * steps : next;
+    // The next panel's lines, in equal parts over this panel's tiles.
+    const int64_t lines = ceil_div(steps * kPanelOutputs * 4, kLine), a_chunk = ceil_div(lines, tiles * chunks);
+    int64_t row = 0;
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      const int64_t rows = each + (tile < more ? 1 : 0), fetched = tile * chunks * a_chunk;
+      const bool fetch = after != nullptr && fetched < lines;
+      const Ahead ahead{reinterpret_cast<const char*>(after) + fetched * kLine, fetch ? a_chunk : 0};
+      panel_of_rows<Words>(rows, blocks, w, x.words + row * x.row, x.row, steps, sums, ahead);
+      finish_tile<T>(a, sums, row, rows, first, blocks * kOutputs);
+      row += rows;
+    }
+  }
+}
+
+inline int64_t words_of_panel(const Packed& p) {
+  int64_t words = 0;
+  with_words(p.kind, [&](auto kind) { words = kPanelOutputs * steps_of<decltype(kind)>(p); });
+  return words;
+}
+
+// This thread's panels, of rows that are ready: for callers that prepare them otherwise.
+inline void linear_share(const Linear& a, const LinearRows& x, const Crew& crew) {
+  const Share share = share_of(panels_of(a.weights), crew);
+  const float* next = a.next == nullptr ? nullptr : a.next->words + share_of(panels_of(*a.next), crew).begin * words_of_panel(*a.next);
+  with_words(a.weights.kind, [&](auto kind) {
+    with_dtype(a.out_dtype, [&](auto out_kind) {
+      linear_panels<decltype(kind), decltype(out_kind)>(a, x, share.begin, share.end, next);
+    });
+  });
+}
+
+// `room`: rows_bytes(a) bytes that all threads share.
+inline void linear(const Linear& a, const Crew& crew, void* room) {
+  if (a.rows == 0) return;
+  if (!reads_in_place(a)) {
+    const Share share = share_of(a.rows, crew);
+    prepare_rows(a, room, share.begin, share.end);
+    crew.barrier();
+  }
+  linear_share(a, rows_of(a, room), crew);
+}
+
+inline void linear(const Linear& a, const Crew& crew) { linear(a, crew, crew.shared()); }
+
+}  // namespace whispers::WHISPERS_ISA

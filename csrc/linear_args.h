@@ -1,0 +1,47 @@
+// Packed weights, and the arguments of a linear over them, as the Python side (`whispers_kernels/cpp/linear.py`) lays them out.
+//
+// A word is 32 bits of one output: one float32, two neighbours in depth of bf16, or four of int8; a matrix [outputs, depth] has
+// steps = ceil(depth / numbers a word) words an output, zeros behind the end. (An int8 is held as its value plus 128: where one factor of a
+// product must be unsigned, and it is the weight, what makes up for it is a number a row of x, not one an output.) Outputs come in panels of 48, the last one narrower (a
+// multiple of 16): panel p holds words [steps, 48], so that a thread reads its panels as one stream, and one load meets one word of x.
+// In a gated matrix every 16 outputs are 8 gates and the 8 ups of the same index.
+#pragma once
+
+#include <cstdint>
+
+namespace whispers {
+
+constexpr int64_t kOutputs = 16;                      // outputs come in multiples of this
+constexpr int64_t kPanelBlocks = 3;                   // 8 rows x 3 vectors: 24 accumulators, 3 weights, 1 of x, of AVX-512's 32 registers
+constexpr int64_t kPanelOutputs = kPanelBlocks * kOutputs;
+
+enum WeightKind : int64_t { kFloatWeights = 0, kBf16Weights = 1, kInt8Weights = 2 };
+
+struct Packed {
+  const float* words;  // the panels, one after the other
+  const float* scale;  // [blocks * 16] of int8 weights: weight = number * scale
+  const float* bias;   // [blocks * 16], or null
+  int64_t outputs;     // of the matrix before padding; of a gated one, gates and ups together
+  int64_t depth;
+  int64_t kind;
+  int64_t gated;  // y[i] = silu(gate[i]) * up[i]: outputs / 2 columns
+};
+
+struct Linear {
+  Packed weights;
+  const void* x;         // [rows, depth]
+  const void* residual;  // [rows, columns] in out's dtype, added to the result; may be `out`; or null
+  void* out;             // [rows, columns]
+  const Packed* next;    // the matrix that is read after this one: each thread fetches the beginning of its share meanwhile; or null
+  int64_t rows, x_row, residual_row, out_row, x_dtype, out_dtype;
+};
+
+struct UnpackRows {
+  Packed weights;      // as a table [outputs, depth], not gated
+  const int64_t* ids;  // [rows]; from `outputs` on, rows of `soft`
+  const void* soft;    // [*, depth], or null
+  void* out;           // [rows, depth]
+  int64_t rows, soft_row, soft_dtype, out_dtype;
+};
+
+}  // namespace whispers

@@ -1,0 +1,120 @@
+// Rows of x in the words that packed weights meet: as they lie, where that is the same, else converted once a call.
+#pragma once
+
+#include "linear_math.h"
+#include "share.h"
+
+namespace whispers::WHISPERS_ISA {
+
+struct LinearRows {
+  const float* words;  // row r begins at words + r * row
+  int64_t row;
+};
+
+template <class Words>
+inline int64_t row_words(const Packed& p) {
+  const int64_t steps = steps_of<Words>(p);
+  return steps * Words::kLeft + (Words::kMarks == 0 ? 0 : ceil_div(steps, Words::kSpan) * Words::kMarks);
+}
+
+// Whether the weights meet x as it lies: floats for floats; pairs of bf16 for an even depth.
+inline bool reads_in_place(const Linear& a) {
+  if (a.weights.kind == kFloatWeights) return a.x_dtype == kF32;
+  return WHISPERS_LEVEL >= 2 && a.weights.kind == kBf16Weights && a.x_dtype == kBf16 && a.weights.depth % 2 == 0 && a.x_row % 2 == 0;
+}
+
+// Bytes of the room that `prepare_rows` writes.
+inline int64_t rows_bytes(const Linear& a) {
+  if (reads_in_place(a)) return 0;
+  int64_t words = 0;
+  with_words(a.weights.kind, [&](auto kind) { words = row_words<decltype(kind)>(a.weights); });
+  return a.rows * words * 4;
+}
+
+template <class T>
+inline void prepare_row(FloatWords, const T* x, int64_t depth, float* words) {
+  int64_t at = 0;
+  for (; at + W <= depth; at += W) store(words + at, load(x + at));
+  if (at < depth) store(words + at, load(x + at, depth - at), depth - at);
+}
+
+template <class T>
+inline void prepare_row(PairWords, const T* x, int64_t depth, float* words) {
+#if WHISPERS_LEVEL >= 2
+  Bf16* out = reinterpret_cast<Bf16*>(words);
+  for (int64_t at = 0; at < depth; at += W) store(out + at, load(x + at, depth - at), depth - at);
+  if (depth % 2 != 0) out[depth].bits = 0;
+#else
+  for (int64_t at = 0; at < depth; at += W) store(words + at, widen(narrow(load(x + at, depth - at), Bf16{}), Bf16{}), depth - at);
+  if (depth % 2 != 0) words[depth] = 0;
+#endif
+}
+
+// Numbers as signed bytes, or as int16 in the order of QuadWords.
+inline void store_quads(float* words, int64_t at, int64_t count, Vec numbers) {
+#if WHISPERS_LEVEL >= 2
+  _mm_mask_storeu_epi8(reinterpret_cast<int8_t*>(words) + at, first(count), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(numbers)));
+#else
+  float number[W];
+  store(number, numbers);
+  for (int64_t i = 0; i < smaller(W, count); ++i) {
+    const int64_t to = (at + i) / 4 * 4 + i % 4 / 2 + i % 2 * 2;  // 0, 2, 1, 3
+    reinterpret_cast<int16_t*>(words)[to] = static_cast<int16_t>(number[i]);
+  }
+#endif
+}
+
+// x = number * scale, with a span's largest magnitude at 127. One with an infinity or a NaN gets the scale NaN.
+template <class T>
+inline void prepare_row(QuadWords, const T* x, int64_t depth, float* words) {
+  constexpr int64_t kGroup = QuadWords::kSpan * QuadWords::kNumbers;
+  const int64_t padded = ceil_div(depth, QuadWords::kNumbers) * QuadWords::kNumbers;
+  float* marks = words + padded / QuadWords::kNumbers * QuadWords::kLeft;
+  for (int64_t begin = 0; begin < depth; begin += kGroup, marks += QuadWords::kMarks) {
+    const int64_t end = smaller(begin + kGroup, padded);
+    Vec most = zero(), spoilt = zero(), total = zero();
+    for (int64_t at = begin; at < end; at += W) {
+      const Vec value = load(x + at, depth - at);
+      most = max(magnitude(value), most);
+      spoilt = fma(value, zero(), spoilt);  // NaN from then on
+    }
+    const float top = largest(most);
+    const Vec factor = splat(top > 0x1p-120f ? 127.0f / top : 0.0f), bound = splat(3e38f);
+    for (int64_t at = begin; at < end; at += W) {
+      const Vec value = min(max(load(x + at, depth - at), zero() - bound), bound);  // not infinite: that times 0 would be NaN
+      const Vec numbers = round(value * factor);
+      total = total + numbers;
+      store_quads(words, at, end - at, numbers);
+    }
+    marks[0] = top * (1.0f / 127.0f) + sum(spoilt);
+    const int32_t start = -128 * static_cast<int32_t>(sum(total));  // of the weights, which are 128 too large
+    __builtin_memcpy(marks + 1, &start, sizeof start);
+  }
+}
+
+// Rows [begin, end) into the room.
+inline void prepare_rows(const Linear& a, void* room, int64_t begin, int64_t end) {
+  with_words(a.weights.kind, [&](auto kind) {
+    with_dtype(a.x_dtype, [&](auto x_kind) {
+      using T = decltype(x_kind);
+      float* words = static_cast<float*>(room);
+      const int64_t row = row_words<decltype(kind)>(a.weights);
+      for (int64_t r = begin; r < end; ++r) {
+        prepare_row(kind, static_cast<const T*>(a.x) + r * a.x_row, a.weights.depth, words + r * row);
+      }
+    });
+  });
+}
+
+// The rows that `linear_panels` takes: of x itself or of a room that was prepared.
+inline LinearRows rows_of(const Linear& a, void* room) {
+  if (reads_in_place(a)) {
+    const int64_t words = a.x_dtype == kF32 ? a.x_row : a.x_row / 2;
+    return {static_cast<const float*>(a.x), words};
+  }
+  LinearRows rows{static_cast<const float*>(room), 0};
+  with_words(a.weights.kind, [&](auto kind) { rows.row = row_words<decltype(kind)>(a.weights); });
+  return rows;
+}
+
+}  // namespace whispers::WHISPERS_ISA

@@ -1,0 +1,80 @@
+// The inner product: a few rows of x times a panel of packed weights, sums in registers.
+#pragma once
+
+#include "linear_math.h"
+
+namespace whispers::WHISPERS_ISA {
+
+// What is fetched into the nearest cache while a tile is computed: from here on, so many lines every kFetchSteps steps.
+struct Ahead {
+  const char* at;
+  int64_t lines;
+};
+constexpr int64_t kFetchSteps = 8;
+
+// sums [kTileRows, kPanelOutputs]: rows of x times kVecs vectors of outputs. Each is summed over the depth in order, one number (pair, quad)
+// after the other in spans, whatever the shape of the tile: a row's bits do not depend on its neighbours.
+template <class Words, int kTileRows, int kVecs>
+__attribute__((noinline)) void linear_tile(const float* w, int64_t w_step, const float* x, int64_t x_row, int64_t steps, float* sums, Ahead ahead) {
+  const float* marks = x + steps * Words::kLeft;
+  for (int64_t begin = 0; begin < steps; begin += Words::kSpan, marks += Words::kMarks) {
+    const int64_t end = smaller(steps, begin + Words::kSpan);
+    typename Words::Sum total[kTileRows][kVecs];
+#pragma GCC unroll 8
+    for (int i = 0; i < kTileRows; ++i) {
+#pragma GCC unroll 4
+      for (int j = 0; j < kVecs; ++j) total[i][j] = Words::begin(marks + i * x_row);
+    }
+    for (int64_t step = begin; step < end;) {
+      const int64_t stop = smaller(step + kFetchSteps, end);
+      for (int64_t i = 0; i < ahead.lines; ++i, ahead.at += kLine) __builtin_prefetch(ahead.at, 0, 3);
+      for (; step < stop; ++step, w += w_step, x += Words::kLeft) {
+        typename Words::Wide right[kVecs];
+#pragma GCC unroll 4
+        for (int j = 0; j < kVecs; ++j) right[j] = Words::weight(load(w + j * W));
+#pragma GCC unroll 8
+        for (int i = 0; i < kTileRows; ++i) {
+          const typename Words::Wide left = Words::left(x + i * x_row);
+#pragma GCC unroll 4
+          for (int j = 0; j < kVecs; ++j) total[i][j] = Words::multiply(left, right[j], total[i][j]);
+        }
+      }
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < kTileRows; ++i) {
+#pragma GCC unroll 4
+      for (int j = 0; j < kVecs; ++j) {
+        float* to = sums + i * kPanelOutputs + j * W;
+        asm("" : "+v"(total[i][j]));  // in a register, still: gcc 12 would store it at every step, which made int8 2 times slower
+        const Vec sum = Words::end(total[i][j], marks + i * x_row);
+        store(to, begin == 0 ? sum : load(to) + sum);
+      }
+    }
+  }
+}
+
+template <class Words, int kVecs, int kMost = Words::kRows>
+inline void tile_of_rows(int64_t rows, const float* w, int64_t w_step, const float* x, int64_t x_row, int64_t steps, float* sums, Ahead ahead) {
+  if constexpr (kMost > 1) {
+    if (rows < kMost) return tile_of_rows<Words, kVecs, kMost - 1>(rows, w, w_step, x, x_row, steps, sums, ahead);
+  }
+  linear_tile<Words, kMost, kVecs>(w, w_step, x, x_row, steps, sums, ahead);
+}
+
+// All `blocks` blocks of a panel, at most Words::kRows rows.
+template <class Words>
+inline void panel_of_rows(int64_t rows, int64_t blocks, const float* w, const float* x, int64_t x_row, int64_t steps, float* sums, Ahead ahead) {
+  const int64_t w_step = blocks * kOutputs;
+#if WHISPERS_LEVEL >= 1
+  if (blocks == 3) return tile_of_rows<Words, 3>(rows, w, w_step, x, x_row, steps, sums, ahead);
+  if (blocks == 2) return tile_of_rows<Words, 2>(rows, w, w_step, x, x_row, steps, sums, ahead);
+  tile_of_rows<Words, 1>(rows, w, w_step, x, x_row, steps, sums, ahead);
+#else
+  for (int64_t block = 0; block < blocks; ++block) {
+    tile_of_rows<Words, 2>(rows, w + block * kOutputs, w_step, x, x_row, steps, sums + block * kOutputs, ahead);
+    ahead.lines = 0;
+  }
+#endif
+}
+
+}  // namespace whispers::WHISPERS_ISA

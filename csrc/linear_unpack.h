@@ -1,0 +1,61 @@
+// Rows of an embedding table that is kept packed, for the head that it is tied to, and of soft prompts behind it.
+#pragma once
+
+#include "linear_math.h"
+#include "share.h"
+
+namespace whispers::WHISPERS_ISA {
+
+// Row `id` of the matrix, as floats.
+inline void unpack_row(const Packed& p, int64_t id, float* row) {
+  with_words(p.kind, [&](auto kind) {
+    using Words = decltype(kind);
+    const int64_t steps = steps_of<Words>(p), panel = id / kPanelOutputs;
+    const int64_t width = smaller(kPanelOutputs, ceil_div(p.outputs, kOutputs) * kOutputs - panel * kPanelOutputs);
+    const float* words = p.words + panel * kPanelOutputs * steps + id % kPanelOutputs;
+    for (int64_t step = 0; step < steps; ++step) {
+      uint32_t word;
+      __builtin_memcpy(&word, words + step * width, 4);
+      for (int64_t i = 0; i < smaller(Words::kNumbers, p.depth - step * Words::kNumbers); ++i) {
+        float* to = row + step * Words::kNumbers + i;
+        if (Words::kNumbers == 1) {
+          __builtin_memcpy(to, &word, 4);
+        } else if (Words::kNumbers == 2) {
+          const uint32_t bits = word >> 16 * i << 16;
+          __builtin_memcpy(to, &bits, 4);
+        } else {
+          *to = static_cast<float>(static_cast<int>(word >> 8 * i & 255) - 128) * p.scale[id];
+        }
+      }
+    }
+  });
+}
+
+template <class T, class S>
+inline void unpack_or_soft_row(const UnpackRows& a, int64_t row, float* floats) {
+  const int64_t id = a.ids[row], depth = a.weights.depth;
+  T* out = static_cast<T*>(a.out) + row * depth;
+  if (id < a.weights.outputs) {
+    unpack_row(a.weights, id, floats);
+    for (int64_t at = 0; at < depth; at += W) store(out + at, load(floats + at, depth - at), depth - at);
+    return;
+  }
+  const S* soft = static_cast<const S*>(a.soft) + (id - a.weights.outputs) * a.soft_row;
+  for (int64_t at = 0; at < depth; at += W) store(out + at, load(soft + at, depth - at), depth - at);
+}
+
+// Bytes of each thread's scratch.
+inline int64_t unpack_scratch(const UnpackRows& a) { return a.weights.depth * 4; }
+
+inline void unpack_rows(const UnpackRows& a, const Crew& crew) {
+  const Share share = share_of(a.rows, crew);
+  with_dtype(a.out_dtype, [&](auto kind) {
+    with_dtype(a.soft_dtype, [&](auto soft_kind) {
+      for (int64_t row = share.begin; row < share.end; ++row) {
+        unpack_or_soft_row<decltype(kind), decltype(soft_kind)>(a, row, static_cast<float*>(crew.own()));
+      }
+    });
+  });
+}
+
+}  // namespace whispers::WHISPERS_ISA
