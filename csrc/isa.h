@@ -3,6 +3,7 @@
 #pragma once
 
 #include "args.h"
+#include "forward_args.h"
 #include "linear_args.h"
 #include "team.h"
 
@@ -19,6 +20,7 @@ struct Kernels {
   bool (*pool_logits)(const PoolLogits&, Team&);
   bool (*linear)(const Linear&, Team&);
   bool (*unpack_rows)(const UnpackRows&, Team&);
+  bool (*forward)(const Forward&, Team&);
 };
 
 #if defined(WHISPERS_X86)

@@ -3,6 +3,7 @@
 
 #include "attention.h"
 #include "embed_rows.h"
+#include "forward.h"
 #include "isa.h"
 #include "linear.h"
 #include "linear_unpack.h"
@@ -44,6 +45,9 @@ inline bool run_linear(const Linear& a, Team& team) {
 inline bool run_unpack_rows(const UnpackRows& a, Team& team) {
   return on_team<UnpackRows, unpack_rows>(a, team, a.rows * a.weights.depth, unpack_scratch(a));
 }
+inline bool run_forward(const Forward& a, Team& team) {
+  return on_team<Forward, forward>(a, team, 1 << 14, forward_scratch(a), forward_shared(a));
+}
 
 }  // namespace whispers::WHISPERS_ISA
 
@@ -59,6 +63,7 @@ const Kernels WHISPERS_TABLE = {
     WHISPERS_ISA::run_pool_logits,
     WHISPERS_ISA::run_linear,
     WHISPERS_ISA::run_unpack_rows,
+    WHISPERS_ISA::run_forward,
 };
 
 }  // namespace whispers

@@ -104,7 +104,8 @@ class Decoder:
         for span, segment in layout.segment_of.items():
             layout.segments[segment] = layout.segments[segment]._replace(pages=span.pages)
         plan = Plan.from_segments(layout.segments, layout.positions)
-        rows = next((rows for rows in ROWS if rows >= len(layout.ids)), None)
+        # Graphs are many, and each takes memory: of a few sizes only. Without them a step has the rows that there are.
+        rows = next((rows for rows in ROWS if rows >= len(layout.ids)), None) if self._capture else len(layout.ids)
         if rows is None:
             return None
         config, device = self._model.config, self._model.device

@@ -41,8 +41,8 @@ class Engine:
         model: a local Hugging Face folder, a hub id, or a built-in name (pulled on first use).
         committee: its folder; None: the base alone, until experts are added.
         device: "auto" (cuda where there is one), "cpu", "cuda", "cuda:1", ...
-        dtype: "auto" (float32 on a CPU, else as stored), "float32", "bfloat16", "float16".
-        quantization: None.
+        dtype: "auto" (on a GPU as stored; on a CPU bfloat16 where it multiplies that, else float32), "float32", "bfloat16", "float16".
+        quantization: None, or "int8" (on a CPU): the layers' matrices, with one scale an output. The head stays as it is.
         kv_cache_dtype: "auto", the model's.
         kv_cache_tokens: size of the page pool in positions; None: on a GPU 85 % of the memory that the weights leave free, on a CPU four
             of the base's longest contexts, within a quarter of the memory.
@@ -77,7 +77,6 @@ class Engine:
         enforce_eager: bool = False,
     ):
         for name, value, accepted in (
-            ("quantization", quantization, None),
             ("kv_cache_dtype", kv_cache_dtype, "auto"),
             ("tensor_parallel_size", tensor_parallel_size, 1),
         ):
@@ -90,6 +89,10 @@ class Engine:
             impl = check_impl(impl, where)
         except ValueError as error:
             raise WhispersError(str(error)) from error
+        if quantization is not None and (quantization != "int8" or impl != "cpp"):
+            raise WhispersError(
+                f"quantization: {quantization!r} with impl {impl!r}; accepted: None, or 'int8' with the C++ kernels ('cpp')"
+            )
         page_size = (64 if where.type == "cuda" else 16) if page_size is None else page_size
         if max_num_batched_tokens is None:
             max_num_batched_tokens = max(max_num_seqs, 8192 if where.type == "cuda" else 512)
@@ -112,15 +115,15 @@ class Engine:
             raise WhispersError(
                 f"{committee}: made for the base {loaded.base_name} ({loaded.fingerprint}); {model} is {self.fingerprint}"
             )
-        stored = DTYPES[config.dtype]
-        torch_dtype = (torch.float32 if where.type == "cpu" else stored) if dtype == "auto" else DTYPES[dtype]
+        torch_dtype = auto_dtype(where, impl, DTYPES[config.dtype]) if dtype == "auto" else DTYPES[dtype]
         self.tokenizer = load_tokenizer(folder)
         self.chat = ChatEncoder(self.tokenizer, config.vocab_size, chat_template_kwargs)
-        self.model = Model(config, load_weights(checkpoint, config, torch_dtype, where), impl)
+        self.model = Model(config, load_weights(checkpoint, config, torch_dtype, where), impl, quantization)
         pages = _pool_pages(config, torch_dtype, where, kv_cache_tokens, page_size)
         self.pool = PagePool(pages, page_size, config.num_layers, config.kv_heads, config.head_dim, torch_dtype, where)
-        graphs = where.type == "cuda" and not enforce_eager and impl == "triton"  # the reference waits for the device
-        decoder = Decoder(self.model, self.pool, capture=True) if graphs else None
+        # Kernels that take a plan as work; the reference waits for the device, and lays everything out anew anyway.
+        graphs = where.type == "cuda" and not enforce_eager and impl == "triton"
+        decoder = Decoder(self.model, self.pool, capture=graphs) if graphs or impl == "cpp" else None
         self._scheduler = Scheduler(self.model, self.pool, max_num_seqs, max_num_batched_tokens, decoder)
         self._panel = Panel(self._scheduler, self.fingerprint)
         self._intake = Intake(self._scheduler, self._panel, self.chat, self.fingerprint)
@@ -339,6 +342,17 @@ class _Stream(Iterator[Event]):
 
     def __del__(self) -> None:
         self.close()
+
+
+def auto_dtype(device: torch.device, impl: str, stored: torch.dtype) -> torch.dtype:
+    """What `dtype="auto"` is: as stored on a GPU; on a CPU bfloat16 where the C++ kernels have instructions for it, else float32."""
+    if device.type != "cpu":
+        return stored
+    if impl != "cpp":
+        return torch.float32
+    from whispers_kernels.cpp import isa
+
+    return torch.bfloat16 if isa() == "avx512_bf16" else torch.float32
 
 
 def device_of(name: str) -> torch.device:

@@ -137,7 +137,7 @@ class Expert:
             raise WhispersError(f"expert {name!r}: virtual_tokens {virtual_tokens}; accepted: at least 1")
         length = virtual_tokens or len(ids)
         ids = (ids * -(-length // len(ids)))[:length]
-        embeddings = engine.model.weights.embeddings[torch.tensor(ids, device=engine.model.device)]
+        embeddings = engine.model.embed(torch.tensor(ids, device=engine.model.device))
         return cls(name, embeddings, placement, culture=culture, base=engine.fingerprint, record={"text": text})
 
     # --- folders ---------------------------------------------------------------------------------------------------------------

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from whispers_kernels import Plan, committee_attention, embed_rows, rms_norm, rope_and_store, silu_mul
+from whispers_kernels.ops import check_impl
 
 from .config import ModelConfig
 from .kv_cache import PagePool
 from .weights import Weights
+
+if TYPE_CHECKING:
+    from whispers_kernels.cpp.forward import Forward
 
 
 @dataclass(frozen=True)
@@ -32,17 +36,37 @@ class Model:
 
     Args:
         config: its shape.
-        weights: its weights; their dtype is the dtype of the computation.
+        weights: its weights; their dtype is the dtype of the computation. The C++ kernels pack them and keep only that.
         impl: the kernels' implementation.
+        quantization: of the layers' matrices, with the C++ kernels; None, or "int8".
     """
 
-    def __init__(self, config: ModelConfig, weights: Weights, impl: str = "auto"):
+    def __init__(self, config: ModelConfig, weights: Weights, impl: str = "auto", quantization: str | None = None):
         self.config = config
-        self.weights = weights
-        self.impl = impl
+        self.impl = check_impl(impl, weights.embeddings.device)
         self.dtype = weights.embeddings.dtype
         self.device = weights.embeddings.device
         self._inverse = config.inverse_frequencies().to(self.device)
+        self._weights: Weights | None = weights
+        self._packed: Forward | None = None
+        if self.impl == "cpp":
+            self._packed = _pack(config, weights, quantization)
+            self._weights = None
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes that the weights take."""
+        if self._packed is not None:
+            return self._packed.nbytes
+        assert self._weights is not None
+        return self._weights.nbytes
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """The token embeddings of int64 ids `[R]`: `[R, hidden]`."""
+        if self._packed is not None:
+            return self._packed.embed(ids)
+        assert self._weights is not None
+        return self._weights.embeddings[ids]
 
     def on_device(self, values: Sequence[Any], dtype: torch.dtype) -> Tensor:
         """Host values as a tensor on the model's device, without waiting for it."""
@@ -62,16 +86,28 @@ class Model:
                 `hidden_states`; its values are filled in.
         """
         taps = {} if taps is None else taps
-        config, impl = self.config, self.impl
+        cos, sin = self.rotation(batch.plan.position)  # once a step, for all layers
+        if self._packed is None:
+            return self._compose(batch, pool, cos, sin, taps)
+        rows = batch.ids.shape[0]
+        filled = {layer: torch.empty(rows, self.config.hidden_size, dtype=self.dtype) for layer in taps}
+        taps.update(filled)
+        return self._packed(batch.ids, batch.soft, cos, sin, batch.slots, pool.k, pool.v, batch.plan, filled)
+
+    def _compose(
+        self, batch: Batch, pool: PagePool, cos: Tensor, sin: Tensor, taps: dict[int, Tensor | None]
+    ) -> Tensor:
+        """The forward, operation by operation."""
+        assert self._weights is not None
+        config, impl, weights = self.config, self.impl, self._weights
         widths = [
             config.q_heads * config.head_dim,
             config.kv_heads * config.head_dim,
             config.kv_heads * config.head_dim,
         ]
-        cos, sin = self.rotation(batch.plan.position)  # once a step, for all layers
-        x = embed_rows(batch.ids, self.weights.embeddings, batch.soft, impl=impl)  # [R, hidden]
+        x = embed_rows(batch.ids, weights.embeddings, batch.soft, impl=impl)  # [R, hidden]
         residual: Tensor | None = None
-        for index, layer in enumerate(self.weights.layers):
+        for index, layer in enumerate(weights.layers):
             x, residual = self._norm(x, layer.attn_norm, residual)
             if index in taps:
                 taps[index] = residual
@@ -89,7 +125,7 @@ class Model:
             x = F.linear(
                 silu_mul(F.linear(x, layer.gate_up, layer.gate_up_bias), impl=impl), layer.down, layer.down_bias
             )
-        x, _ = self._norm(x, self.weights.norm, residual)
+        x, _ = self._norm(x, weights.norm, residual)
         if config.num_layers in taps:
             taps[config.num_layers] = x
         return x
@@ -97,10 +133,20 @@ class Model:
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits `[R, V]` of final hidden states `[R, hidden]`, in the model's dtype."""
-        return F.linear(hidden, self.weights.head)
+        if self._packed is not None:
+            return self._packed.logits(hidden)
+        assert self._weights is not None
+        return F.linear(hidden, self._weights.head)
 
     def _norm(self, x: Tensor, weight: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
         """Normalises x plus the residual; returns that and the new residual."""
         if residual is None:
             return cast(Tensor, rms_norm(x, weight, self.config.norm_eps, impl=self.impl)), x
         return cast("tuple[Tensor, Tensor]", rms_norm(x, weight, self.config.norm_eps, residual, impl=self.impl))
+
+
+def _pack(config: ModelConfig, weights: Weights, quantization: str | None) -> Forward:
+    from whispers_kernels.cpp.forward import Forward, Sizes  # only where there are C++ kernels
+
+    sizes = Sizes(config.q_heads, config.kv_heads, config.head_dim, config.norm_eps)
+    return Forward(weights.layers, weights.embeddings, weights.norm, weights.head, sizes, quantization)

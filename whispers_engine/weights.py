@@ -45,6 +45,13 @@ class Weights:
     norm: Tensor  # [hidden]
     head: Tensor  # [V, hidden]; the embeddings themselves where they are tied
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all of them."""
+        ends = [self.embeddings, self.norm] if self.head is self.embeddings else [self.embeddings, self.norm, self.head]
+        inner = [value for layer in self.layers for value in vars(layer).values() if value is not None]
+        return sum(value.nbytes for value in (*ends, *inner))
+
 
 class Checkpoint:
     """The tensors of a folder's safetensors files, by name, memory-mapped.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+import whispers_engine.engine as engine_module
 from whispers_engine import Engine, Expert
 from whispers_engine.bench import measure
 from whispers_engine.cli.main import run
@@ -158,6 +159,19 @@ def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     """One family, for what does not depend on it."""
     return make_tiny("llama", tmp_path_factory.mktemp("llama-only"))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def float32_by_default() -> Iterator[None]:
+    """Results are compared with transformers to 1e-4, on processors that would compute in bfloat16 too."""
+    auto = engine_module.auto_dtype
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            engine_module,
+            "auto_dtype",
+            lambda device, impl, stored: torch.float32 if device.type == "cpu" else auto(device, impl, stored),
+        )
+        yield
 
 
 @pytest.fixture

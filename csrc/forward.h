@@ -1,0 +1,115 @@
+// A decoder's forward over ragged rows in one call: the operations one after the other, a barrier where threads must meet.
+//
+// The residual stream is added to in the products' epilogues, so a sum is rounded once where the plain composition rounds twice. Between
+// two barriers every thread has its share of rows, heads or panels; ten barriers a layer cost 1 % of a step of one row.
+#pragma once
+
+#include "attention.h"
+#include "embed_rows.h"
+#include "forward_args.h"
+#include "linear.h"
+#include "linear_unpack.h"
+#include "rms_norm.h"
+#include "rope_and_store.h"
+
+namespace whispers::WHISPERS_ISA {
+
+inline void normalise(const Forward& a, const void* weight, const Crew& crew) {
+  rms_norm({a.hidden, nullptr, weight, a.normed, nullptr, a.rows, a.width, a.width, 0, a.rope.dtype, a.weight_dtype, a.eps}, crew);
+}
+
+// Rows of the hidden states, `from` or the stream, to where somebody wants them.
+inline void tap(const Forward& a, int64_t layer, const void* from, const Crew& crew) {
+  if (a.taps[layer] == nullptr) return;
+  const Share share = share_of(a.rows, crew);
+  const int64_t bytes = a.width * (a.rope.dtype == kF32 ? 4 : 2);
+  __builtin_memcpy(static_cast<char*>(a.taps[layer]) + share.begin * bytes, static_cast<const char*>(from) + share.begin * bytes,
+                   (share.end - share.begin) * bytes);
+}
+
+inline Linear product(const Forward& a, const Packed& weights, const void* x, int64_t x_row, void* out, int64_t out_row, const void* residual,
+                      const Packed* next) {
+  return {weights, x, residual, out, next, a.rows, x_row, out_row, out_row, a.rope.dtype, a.rope.dtype};
+}
+
+// Normalises the heads of q and k in place.
+inline void norm_heads(const Forward& a, const ForwardLayer& layer, const Crew& crew) {
+  const RopeAndStore& r = a.rope;
+  const int64_t heads = r.q_heads + r.kv_heads;
+  const Share share = share_of(a.rows * heads, crew);
+  with_dtype(r.dtype, [&](auto kind) {
+    using T = decltype(kind);
+    with_dtype(a.weight_dtype, [&](auto weight_kind) {
+      using Weight = decltype(weight_kind);
+      for (int64_t index = share.begin; index < share.end; ++index) {
+        const int64_t head = index % heads;
+        T* x = static_cast<T*>(a.qkv) + index / heads * r.q_row + head * r.dim;
+        const void* weight = head < r.q_heads ? layer.q_norm : layer.k_norm;
+        rms_norm_row<T, Weight>(x, nullptr, static_cast<const Weight*>(weight), x, nullptr, r.dim, static_cast<float>(a.eps));
+      }
+    });
+  });
+}
+
+inline void forward(const Forward& a, const Crew& crew) {
+  const int64_t attended = a.attention.q_heads * a.attention.dim;
+  RopeAndStore rope = a.rope;
+  Attention attention = a.attention;
+  if (a.embed.table != nullptr) {
+    embed_rows(a.embed, crew);
+  } else {
+    unpack_rows(a.unpack, crew);
+  }
+  for (int64_t index = 0; index < a.count; ++index) {
+    const ForwardLayer& layer = a.layers[index];
+    tap(a, index, a.hidden, crew);  // of rows that this thread has written itself, or behind a barrier
+    normalise(a, layer.attn_norm, crew);
+    crew.barrier();
+    linear(product(a, layer.qkv, a.normed, a.width, a.qkv, rope.q_row, nullptr, &layer.out), crew);
+    crew.barrier();
+    if (layer.q_norm != nullptr) {
+      norm_heads(a, layer, crew);
+      crew.barrier();
+    }
+    rope_and_store(rope, crew);
+    crew.barrier();
+    committee_attention(attention, crew);
+    crew.barrier();
+    linear(product(a, layer.out, a.attended, attended, a.hidden, a.width, a.hidden, &layer.gate_up), crew);
+    crew.barrier();
+    normalise(a, layer.mlp_norm, crew);
+    crew.barrier();
+    linear(product(a, layer.gate_up, a.normed, a.width, a.gated, a.intermediate, nullptr, &layer.down), crew);
+    crew.barrier();
+    const Packed* next = index + 1 < a.count ? &a.layers[index + 1].qkv : nullptr;
+    linear(product(a, layer.down, a.gated, a.intermediate, a.hidden, a.width, a.hidden, next), crew);
+    crew.barrier();
+    rope.k_pages = static_cast<char*>(rope.k_pages) + a.layer_stride;
+    rope.v_pages = static_cast<char*>(rope.v_pages) + a.layer_stride;
+    attention.k_pages = rope.k_pages;
+    attention.v_pages = rope.v_pages;
+  }
+  normalise(a, a.norm, crew);
+  tap(a, a.count, a.normed, crew);
+}
+
+// The most that a phase wants: of each thread, and of all together.
+inline int64_t forward_scratch(const Forward& a) {
+  const int64_t first = a.embed.table == nullptr ? unpack_scratch(a.unpack) : 0;
+  return larger(larger(first, rope_scratch(a.rope)), attention_scratch(a.attention));
+}
+
+inline int64_t forward_shared(const Forward& a) {
+  int64_t bytes = partials_bytes(a.attention);
+  const ForwardLayer& layer = a.layers[0];  // all are alike
+  const Linear products[] = {
+      product(a, layer.qkv, a.normed, a.width, a.qkv, a.rope.q_row, nullptr, nullptr),
+      product(a, layer.out, a.attended, a.attention.q_heads * a.attention.dim, a.hidden, a.width, nullptr, nullptr),
+      product(a, layer.gate_up, a.normed, a.width, a.gated, a.intermediate, nullptr, nullptr),
+      product(a, layer.down, a.gated, a.intermediate, a.hidden, a.width, nullptr, nullptr),
+  };
+  for (const Linear& each : products) bytes = larger(bytes, rows_bytes(each));
+  return bytes;
+}
+
+}  // namespace whispers::WHISPERS_ISA

@@ -1,0 +1,40 @@
+// A decoder as `whispers_kernels/cpp/forward.py` lays it out, and the arguments of one step.
+#pragma once
+
+#include "args.h"
+#include "linear_args.h"
+
+namespace whispers {
+
+struct ForwardLayer {
+  const void* attn_norm;  // [hidden]
+  const void* mlp_norm;   // [hidden]
+  const void* q_norm;     // [dim], or null, as k_norm
+  const void* k_norm;     // [dim]
+  Packed qkv;             // [(q_heads + 2 kv_heads) dim, hidden]
+  Packed out;             // [hidden, q_heads dim]
+  Packed gate_up;         // [2 intermediate, hidden], gated
+  Packed down;            // [hidden, intermediate]
+};
+
+struct Forward {
+  const ForwardLayer* layers;  // [count]
+  int64_t count;
+  const void* norm;          // [hidden], the last one
+  void* const* taps;         // [count + 1] where the hidden states before each layer, and the last ones, go; null: nowhere
+  void* hidden;              // [rows, hidden] the residual stream, while it runs
+  void* normed;              // [rows, hidden]; the result
+  void* qkv;                 // [rows, (q_heads + 2 kv_heads) dim]; this and the next three: room
+  void* q;                   // [rows, q_heads, dim]
+  void* attended;            // [rows, q_heads, dim]
+  void* gated;               // [rows, intermediate]
+  int64_t rows, width, intermediate, weight_dtype;
+  int64_t layer_stride;      // bytes from a layer's pages to the next one's, keys and values alike
+  double eps;
+  EmbedRows embed;           // a plain table, or null there and
+  UnpackRows unpack;         // a packed one
+  RopeAndStore rope;         // of the first layer; q, k, v and out are set here
+  Attention attention;       // likewise
+};
+
+}  // namespace whispers

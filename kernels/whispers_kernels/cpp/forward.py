@@ -1,0 +1,202 @@
+"""A decoder's whole forward in one call (`csrc/forward.h`): the six operations and the linears between them, composed in C++."""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..plan import Plan
+from .attention import tile_rows
+from .library import address, check_pages, dense, dtype_of, operation, page_layout
+from .linear import PackedLinear
+from .packing import Memory
+
+# A Forward of csrc/forward_args.h: itself, then its EmbedRows, UnpackRows, RopeAndStore and Attention.
+_forward = operation("forward", "15qd" + "11q" + "14q" + "31q" + "35q2d")
+
+
+class LayerWeights(Protocol):
+    """One decoder layer, in one float dtype on the CPU."""
+
+    @property
+    def attn_norm(self) -> Tensor: ...  # [hidden]
+    @property
+    def qkv(self) -> Tensor: ...  # [(Hq + 2 Hkv) D, hidden]
+    @property
+    def qkv_bias(self) -> Tensor | None: ...
+    @property
+    def q_norm(self) -> Tensor | None: ...  # [D]
+    @property
+    def k_norm(self) -> Tensor | None: ...
+    @property
+    def out(self) -> Tensor: ...  # [hidden, Hq D]
+    @property
+    def out_bias(self) -> Tensor | None: ...
+    @property
+    def mlp_norm(self) -> Tensor: ...  # [hidden]
+    @property
+    def gate_up(self) -> Tensor: ...  # [2 I, hidden]
+    @property
+    def gate_up_bias(self) -> Tensor | None: ...
+    @property
+    def down(self) -> Tensor: ...  # [hidden, I]
+    @property
+    def down_bias(self) -> Tensor | None: ...
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The decoder's shape."""
+
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    norm_eps: float
+
+
+class Forward:
+    """A decoder whose weights are packed, and its forward.
+
+    Args:
+        layers: the weights, packed one after the other and not kept.
+        embeddings: `[V, hidden]`.
+        norm: `[hidden]`, the last one.
+        head: `[V, hidden]`; the very tensor `embeddings` where it is tied: it is then packed once, and rows are read from there.
+        sizes: the decoder's shape.
+        quantization: of the layers' matrices; the head keeps the weights' dtype. None, or "int8".
+
+    Attributes:
+        nbytes: of all weights that are held.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[LayerWeights],
+        embeddings: Tensor,
+        norm: Tensor,
+        head: Tensor,
+        sizes: Sizes,
+        quantization: str | None = None,
+    ):
+        self._sizes = sizes
+        self._dtype = embeddings.dtype
+        self._width = embeddings.shape[1]
+        self._intermediate = layers[0].down.shape[1]
+        memory = Memory()
+        self._packed: list[PackedLinear] = []
+        self._norms: list[Tensor] = []
+        blocks: list[int] = []
+        for layer in layers:
+            norms = (layer.attn_norm, layer.mlp_norm, layer.q_norm, layer.k_norm)
+            matrices = [
+                PackedLinear(layer.qkv, layer.qkv_bias, quantization, memory=memory),
+                PackedLinear(layer.out, layer.out_bias, quantization, memory=memory),
+                PackedLinear(layer.gate_up, layer.gate_up_bias, quantization, gated=True, memory=memory),
+                PackedLinear(layer.down, layer.down_bias, quantization, memory=memory),
+            ]
+            kept = [None if weight is None else weight.clone() for weight in norms]
+            self._norms += [weight for weight in kept if weight is not None]
+            self._packed += matrices
+            blocks += [*map(address, kept), *(number for matrix in matrices for number in matrix.block)]
+        self._count = len(layers)
+        self._layers = ctypes.create_string_buffer(struct.pack(f"={len(blocks)}q", *blocks))
+        self._norm = norm.clone()
+        self.head = PackedLinear(head, memory=memory)
+        self._table = None if head is embeddings else embeddings.clone()
+        self._room: tuple[int, list[Tensor]] = (0, [])
+
+    @property
+    def nbytes(self) -> int:
+        tensors = [*self._norms, self._norm] if self._table is None else [*self._norms, self._norm, self._table]
+        return sum(matrix.nbytes for matrix in (*self._packed, self.head)) + sum(tensor.nbytes for tensor in tensors)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Rows of the embedding table, `[R, hidden]` in the weights' dtype, for int64 ids `[R]`."""
+        return self.head.rows(ids, dtype=self._dtype) if self._table is None else self._table[ids]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Next-token logits `[R, V]` of final hidden states `[R, hidden]`."""
+        return self.head(hidden)
+
+    def __call__(
+        self,
+        ids: Tensor,
+        soft: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        slots: Tensor,
+        k: Tensor,
+        v: Tensor,
+        plan: Plan,
+        taps: Mapping[int, Tensor],
+    ) -> Tensor:
+        """Writes the rows' keys and values into the pool and returns their final, normalised hidden states `[R, hidden]`.
+
+        Args:
+            ids: int64 `[R]`; from V on, rows of `soft`.
+            soft: `[P, hidden]`, or None.
+            cos, sin: float32 `[R, D/2]`.
+            slots: int64 `[R]`; where each row's key goes; -1: nowhere.
+            k, v: `[layers, N, page_size, Hkv, D]`, contiguous, in the weights' dtype.
+            plan: of R rows.
+            taps: tensors `[R, hidden]` to fill, by layer: 0 before the first, ..., and the final states.
+        """
+        rows, s = ids.shape[0], self._sizes
+        q_heads, kv_heads, dim = s.q_heads, s.kv_heads, s.head_dim
+        check_pages(k[0], v[0], None, None)
+        kind, page_kind = dtype_of(self._norm), dtype_of(k)
+        work = plan.work(tile_rows(self._dtype, k.dtype, q_heads // kv_heads, dim, plan.widest, ids.device))
+        hidden, qkv, q, attended, gated = self._working(rows)
+        out = torch.empty(rows, self._width, dtype=self._dtype)
+        tapped = ctypes.create_string_buffer(
+            struct.pack(f"={self._count + 1}q", *(address(taps.get(layer)) for layer in range(self._count + 1)))
+        )
+        soft = None if soft is None else dense(soft)
+        soft_row, soft_kind = (0, kind) if soft is None else (soft.stride(0), dtype_of(soft))
+        packed = self._table is None
+        table = self._table if self._table is not None else hidden
+        qkv_row = (q_heads + 2 * kv_heads) * dim
+        k_at = address(qkv) + q_heads * dim * qkv.element_size()
+        v_at = k_at + kv_heads * dim * qkv.element_size()
+        layouts = *page_layout(k[0]), *page_layout(v[0])
+        page_size = k.shape[2]
+        _forward(
+            ctypes.addressof(self._layers),
+            self._count,
+            address(self._norm),
+            ctypes.addressof(tapped),
+            *map(address, (hidden, out, qkv, q, attended, gated)),
+            *(rows, self._width, self._intermediate, kind, k.stride(0) * k.element_size(), s.norm_eps),
+            # EmbedRows
+            *(address(ids), 0 if packed else address(table), address(soft), address(hidden)),
+            *(rows, table.shape[0], self._width, table.stride(0), soft_row, kind, soft_kind),
+            # UnpackRows
+            *self.head.block,
+            *(address(ids), address(soft), address(hidden), rows, soft_row, soft_kind, kind),
+            # RopeAndStore
+            *(address(qkv), k_at, v_at, address(cos), address(sin), address(slots), address(q)),
+            *(address(k), address(v), 0, 0),
+            *(rows, q_heads, kv_heads, dim, page_size, qkv_row, dim, qkv_row, dim, qkv_row, dim, cos.stride(0)),
+            *(*layouts, kind, page_kind),
+            # Attention
+            *map(address, (q, k, v, None, None, attended, None, plan.position, plan.page_ptr, plan.pages)),
+            *map(address, (plan.length, plan.key_begin, *work.tensors)),
+            *(q_heads, kv_heads, dim, page_size, work.tile_rows, work.slots, q_heads * dim, dim),
+            *(*layouts, kind, page_kind, 0, dim**-0.5, 0.0),
+        )
+        return out
+
+    def _working(self, rows: int) -> list[Tensor]:
+        """Room for the hidden states, qkv, q, the attended rows and the gated ones, of the most rows so far."""
+        if self._room[0] < rows:
+            s = self._sizes
+            heads = s.q_heads * s.head_dim
+            widths = self._width, heads + 2 * s.kv_heads * s.head_dim, heads, heads, self._intermediate
+            self._room = rows, [torch.empty(rows, width, dtype=self._dtype) for width in widths]
+        return self._room[1]
