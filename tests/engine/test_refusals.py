@@ -234,7 +234,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "device": ({"device": "abacus"}, ("device: 'abacus'", "accepted: auto, cpu, cuda")),
     "device that is no device": ({"device": "meta"}, ("device: 'meta' is not available here", "accepted: auto, cpu")),
     "impl unknown": ({"impl": "nonsense"}, ("'nonsense'", "accepted: auto, ")),
-    "quantization": ({"quantization": "int8"}, ("quantization: 'int8' is not available", "accepted: None")),
+    "quantization": ({"quantization": "int4"}, ("quantization: 'int4'", "accepted: None, or 'int8'")),
     "kv_cache_dtype": ({"kv_cache_dtype": "fp8"}, ("kv_cache_dtype: 'fp8' is not available", "accepted: 'auto'")),
     "tensor_parallel_size": ({"tensor_parallel_size": 2}, ("tensor_parallel_size: 2 is not available", "accepted: 1")),
     "page_size 0": ({"page_size": 0}, ("page_size: 0", "accepted: an integer, at least 1")),
