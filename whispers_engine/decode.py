@@ -104,10 +104,11 @@ class Decoder:
         for span, segment in layout.segment_of.items():
             layout.segments[segment] = layout.segments[segment]._replace(pages=span.pages)
         plan = Plan.from_segments(layout.segments, layout.positions)
-        # Graphs are many, and each takes memory: of a few sizes only. Without them a step has the rows that there are.
-        rows = next((rows for rows in ROWS if rows >= len(layout.ids)), None) if self._capture else len(layout.ids)
+        rows = next((rows for rows in ROWS if rows >= len(layout.ids)), None)
         if rows is None:
             return None
+        if not self._capture:  # graphs take memory, and so come in a few sizes; without them a step has the rows that there are
+            rows = len(layout.ids)
         config, device = self._model.config, self._model.device
         dtypes = self._model.dtype, self._pool.k.dtype
         tile = tile_rows(self._model.impl, *dtypes, config.q_heads // config.kv_heads, config.head_dim, rows, device)

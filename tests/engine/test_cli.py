@@ -132,7 +132,7 @@ def in_a_process(*args: object, **environment: str) -> Ran:
 
 def test_ask_in_a_process(committee: Path, whispers: Whispers) -> None:
     """Results on stdout and nothing else there, progress on stderr; the same as in this process."""
-    line = ("ask", QUESTION, "--committee", committee, "--max-tokens", 3, "--json")
+    line = ("ask", QUESTION, "--committee", committee, "--max-tokens", 3, "--dtype", "float32", "--json")
     ran, here = in_a_process(*line), whispers(*line)
     assert ran.status == 0
     got, want = ran.json(), here.json()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ class Committee:
         return token, took
 
     def memory(self, prompt: Prompt, experts: int, new_tokens: int) -> dict[str, int]:
-        """Bytes that a committee's answer holds at most: all tensors of the model, pages of the context, pages of the branches."""
+        """Bytes that a committee's answer holds at most: the weights, pages of the context, pages of the branches."""
         names, pool = self._names[:experts], self.engine.pool
         page = (pool.k.nbytes + pool.v.nbytes) // pool.num_pages
         most = {"pages_context": 0, "pages_branch": 0}
@@ -70,36 +70,6 @@ class Committee:
 
         self.engine.submit(greedy(prompt, names, new_tokens))
         timed(step, names, new_tokens)
-        weights = tensor_bytes(self.engine.model)
+        weights = self.engine.model.weight_bytes
         context, private = (most[name] * page for name in ("pages_context", "pages_branch"))
         return {"weights": weights, "context": context, "private": private, "total": weights + context + private}
-
-
-def tensor_bytes(value: Any) -> int:
-    """Bytes of the storages of all tensors that an object of ours holds, each once, however deep in it."""
-    return sum(_storages(value, set()).values())
-
-
-def _storages(value: Any, seen: set[int]) -> dict[int, int]:
-    """Every storage's address and bytes."""
-    if isinstance(value, Tensor):
-        if value.layout.__repr__() != "torch.strided":  # oneDNN's packed weights have no storage that can be asked
-            return {id(value): value.numel() * value.element_size()}
-        storage = value.untyped_storage()
-        return {storage.data_ptr(): storage.nbytes()}
-    if id(value) in seen:
-        return {}
-    seen.add(id(value))
-    parts: list[Any] = []
-    if isinstance(value, dict):
-        parts = list(value.values())
-    elif isinstance(value, list | tuple | set):
-        parts = list(value)
-    elif is_dataclass(value):
-        parts = [getattr(value, part.name) for part in fields(value)]
-    if type(value).__module__.startswith("whispers_"):
-        parts += list(getattr(value, "__dict__", {}).values())
-    found: dict[int, int] = {}
-    for part in parts:
-        found |= _storages(part, seen)
-    return found
