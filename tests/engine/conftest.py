@@ -227,9 +227,9 @@ def bench(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
 
 @pytest.fixture
 def planted(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Callable[..., Any]], None]:
-    """Makes an implementation "cpp" that is the reference but for one operation."""
+    """Makes an implementation "planted" that is the reference but for one operation."""
 
     def plant(op: str, function: Callable[..., Any]) -> None:
-        monkeypatch.setitem(ops._IMPLS, "cpp", {**reference.IMPLS, op: function})
+        monkeypatch.setitem(ops._IMPLS, "planted", {**reference.IMPLS, op: function})
 
     return plant

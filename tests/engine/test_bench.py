@@ -91,18 +91,18 @@ def test_kernels_prints_a_table_and_draws(bench: Bench, tmp_path: Path) -> None:
 @pytest.mark.parametrize("wrong", [one_per_cent_off, one_nan, raises, wrong_in_the_end])
 def test_what_is_wrong_is_not_timed(bench: Bench, planted: Callable[..., None], wrong: Callable[..., Any]) -> None:
     planted("committee_attention", wrong() if wrong is wrong_in_the_end else wrong)
-    status, printed = bench(*SWEEP, "--no-ops", "--impl", "cpp", "--json")
+    status, printed = bench(*SWEEP, "--no-ops", "--impl", "planted", "--json")
     report = json.loads(printed)
     assert status == 1 and not report["ok"] and len(report["results"]) == 4
     for result in report["results"]:
         assert not result["ok"] and not {"ours_ms", "peers", "GB_s", "floor_share"} & result.keys()
-    status, printed = bench(*SWEEP, "--no-ops", "--impl", "cpp")
+    status, printed = bench(*SWEEP, "--no-ops", "--impl", "planted")
     assert status == 1 and ("FAILED" if wrong is raises else "WRONG") in printed and "%" not in printed
 
 
 def test_a_wrong_small_operation_is_not_timed(bench: Bench, planted: Callable[..., None]) -> None:
     planted("silu_mul", lambda gate_up: reference.silu_mul(gate_up) * 1.001)
-    status, printed = bench(*SWEEP, "--experts", "1", "--context", "40", "--impl", "cpp", "--json")
+    status, printed = bench(*SWEEP, "--experts", "1", "--context", "40", "--impl", "planted", "--json")
     results = json.loads(printed)["results"]
     assert status == 1
     for result in results:
@@ -191,7 +191,7 @@ def test_throughput_beside_transformers(bench: Bench) -> None:
 
 def test_throughput_of_a_wrong_engine_is_not_measured(bench: Bench, planted: Callable[..., None]) -> None:
     planted("silu_mul", lambda gate_up: reference.silu_mul(gate_up) * 1.1)
-    status, printed = bench(*TINY, "--impl", "cpp", "--json")
+    status, printed = bench(*TINY, "--impl", "planted", "--json")
     report = json.loads(printed)
     assert status == 1 and not report["check"]["ok"] and report["results"] == []
 

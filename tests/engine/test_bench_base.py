@@ -291,11 +291,11 @@ def test_a_peer_that_computes_another_function_is_left_out(
 @pytest.mark.parametrize("command", ["decode", "prefill"])
 def test_a_wrong_engine_is_not_timed(command: str, bench: Bench, plain: Tiny, planted: Callable[..., None]) -> None:
     planted("silu_mul", lambda gate_up: reference.silu_mul(gate_up) * 1.1)
-    status, printed = bench(*arguments(command, plain, "--impl", "cpp", "--json"))
+    status, printed = bench(*arguments(command, plain, "--impl", "planted", "--json"))
     assert status == 1
     for result in json.loads(printed)["results"]:
         assert not result["ok"] and not {"ours_ms", "peers", "floor_share"} & result.keys()
-    status, printed = bench(*arguments(command, plain, "--impl", "cpp"))
+    status, printed = bench(*arguments(command, plain, "--impl", "planted"))
     assert status == 1 and "WRONG" in printed and "%" not in printed
 
 
