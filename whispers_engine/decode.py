@@ -107,7 +107,9 @@ class Decoder:
         rows = next((rows for rows in ROWS if rows >= len(layout.ids)), None)
         if rows is None:
             return None
-        if not self._capture:  # graphs take memory, and so come in a few sizes; without them a step has the rows that there are
+        if (
+            not self._capture
+        ):  # graphs take memory, and so come in a few sizes; without them a step has the rows that there are
             rows = len(layout.ids)
         config, device = self._model.config, self._model.device
         dtypes = self._model.dtype, self._pool.k.dtype

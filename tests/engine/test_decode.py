@@ -11,7 +11,6 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -448,8 +447,6 @@ def one_row_at_a_time(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
 def test_a_rows_bits_are_its_own_in_any_company(llama: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     """Alone a context is one segment; beside another one that begins with the same pages it is cut where a range of keys ends."""
     monkeypatch.setattr(model_module, "F", SimpleNamespace(linear=one_row_at_a_time))
-    # The interpreter multiplies tiles with numpy, whose library may add a row's products in another order for another number of rows.
-    monkeypatch.setattr(np, "matmul", lambda a, b, **_: np.einsum("ij,jk->ik", a, b))
     experts = [soft_prompt(llama, 2, 1, "suffix", "suffix"), soft_prompt(llama, 3, 2, "detached", "detached")]
     engine = with_triton(llama, experts, page_size=64)
     shared, header, options = token_ids(llama, 320, 1), token_ids(llama, 2, 2), [[5], [6, 7]]
