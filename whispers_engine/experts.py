@@ -6,6 +6,7 @@ import hashlib
 import re
 import warnings
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,7 +95,7 @@ class Expert:
         """m, the positions that the soft prompt takes."""
         return self.embeddings.shape[0 if self.kind == "embeddings" else 3]
 
-    @property
+    @cached_property
     def content_hash(self) -> str:
         """Names the function, not the expert: of the kind, the shape and the values."""
         head = f"{self.kind} {list(self.embeddings.shape)}".encode()
