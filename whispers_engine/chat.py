@@ -13,6 +13,7 @@ Message: TypeAlias = Mapping[str, str]
 Question: TypeAlias = str | Sequence[Message] | Sequence[int] | tuple[Sequence[int], Sequence[int]]
 _ACCEPTED = "a string, chat messages that end with a user turn, token ids, or (context ids, header ids)"
 _MARK = "\ue000"  # for private use: no template writes it
+_ENCODED_KEPT = 4
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -40,6 +41,7 @@ class ChatEncoder:
     def __init__(self, tokenizer: Any, vocab_size: int, template_kwargs: Mapping[str, Any] | None = None):
         self.tokenizer = tokenizer
         self._vocab_size = vocab_size
+        self._encoded: dict[str, Any] = {}
         self._template_kwargs = {"enable_thinking": False, **(template_kwargs or {})}
 
     def split(self, question: Question) -> tuple[list[int], list[int]]:
@@ -84,7 +86,7 @@ class ChatEncoder:
         else:
             return everything
         text = self._text(messages)
-        encoding = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
+        encoding = self._encode(text)
         spans = self._user_spans(messages, text)
         if encoding.ids[: len(context)] != list(context):
             return everything
@@ -149,18 +151,25 @@ class ChatEncoder:
         return with_header[:common], with_header[common:]
 
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> list[int]:
-        encoded = self._template(messages, add_generation_prompt, tokenize=True, return_dict=True)
-        return self.ids("messages", list(encoded["input_ids"]))
+        return self.ids("messages", self._encode(self._text(messages, add_generation_prompt)).ids)
 
-    def _text(self, messages: Sequence[Message]) -> str:
-        return str(self._template(messages, True, tokenize=False))
+    def _encode(self, text: str) -> Any:
+        """A rendered template's ids, and where each stands in the text. The last are kept: a question is looked at more than once."""
+        if text not in self._encoded:
+            while len(self._encoded) >= _ENCODED_KEPT:
+                del self._encoded[next(iter(self._encoded))]
+            self._encoded[text] = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
+        return self._encoded[text]
 
-    def _template(self, messages: Sequence[Message], add_generation_prompt: bool, **how: bool) -> Any:
+    def _text(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
+        return str(self._template(messages, add_generation_prompt))
+
+    def _template(self, messages: Sequence[Message], add_generation_prompt: bool) -> Any:
         try:
             return self.tokenizer.apply_chat_template(
                 [dict(message) for message in messages],
                 add_generation_prompt=add_generation_prompt,
-                **how,
+                tokenize=False,
                 **self._template_kwargs,
             )
         except Exception as error:  # templates raise what they like, jinja2's errors among them
