@@ -28,7 +28,7 @@ from whispers_engine import Engine
 from whispers_engine.bench.measure import environment
 from whispers_engine.pull import pull
 from whispers_engine.router import profile_text
-from whispers_engine.router_fit import fit_features, fit_router, read_examples
+from whispers_engine.router_fit import fit_features, read_examples
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 POOLINGS = ("own words", "all tokens", "last own word", "last token")
@@ -146,7 +146,7 @@ def overhead(engine: Engine) -> dict[str, float]:
             engine.router = router if routed else None
             engine.pool.forget()
             start = time.perf_counter()
-            # One expert's score: with a router its choice is made, and weights nothing. Both run the same rows.
+            # Scores of all experts: with a router they get its weights. Both run the same rows.
             engine.score(text, [[5]], None if routed else engine.experts)
             times[routed].append((time.perf_counter() - start) * 1e3)
     engine.router = router
@@ -162,16 +162,16 @@ def main() -> None:
     arguments = parser.parse_args()
     layers = [int(layer) for layer in arguments.layers.split(",")]
     engine = Engine("smollm2-135m-instruct", EXAMPLES / "cultures", dtype="float32")
-    one = Engine("smollm2-135m-instruct", dtype="float32")
-    for name in engine.experts[:2]:
-        one.add_expert(engine.expert(name))
-    train = read_examples(EXAMPLES / "data" / "routing-train.jsonl")
-    kept = {one.expert(name).culture for name in one.experts}
-    one.router = fit_router(one, [example for example in train if example.culture in {None, "*", *kept}]).router
+    prefill = []
+    for dtype in ("float32", "bfloat16"):
+        two = Engine("smollm2-135m-instruct", EXAMPLES / "cultures", dtype=dtype)
+        for name in two.experts[2:]:  # so that the prefill is most of the work
+            two.remove_expert(name)
+        prefill.append({"dtype": dtype, "tokens": PREFILL, **overhead(two)})
     report = {
         **environment(engine.model.device, " ".join(["python", *sys.argv])),
         "shipped": shipped(engine),
-        "prefill": {"tokens": PREFILL, **overhead(one)},
+        "prefill": prefill,
         "by_layer_and_pooling": by_layer_and_pooling(engine, layers),
     }
     print(json.dumps(report, indent=2))

@@ -152,6 +152,8 @@ def test_a_hit_routes_as_a_miss(llama: Tiny, rows: int) -> None:
     for got, want in ((warm, cold), (half, alone)):
         assert [name for name, _ in got.routing] == [name for name, _ in want.routing]
         assert [weight for _, weight in got.routing] == pytest.approx([weight for _, weight in want.routing], abs=1e-5)
+        if engine.model.impl == "cpp":  # whose rows' bits are their own; a matrix library's are not
+            assert got.routing == want.routing
         assert got.text == want.text
 
 
