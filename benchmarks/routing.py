@@ -41,7 +41,7 @@ FAR = (
     "that she feels at home?"
 )
 PREFILL = 200  # tokens
-ROUNDS = 41
+ROUNDS = 100
 console = Console(stderr=True)
 
 
@@ -141,8 +141,8 @@ def overhead(engine: Engine) -> dict[str, float]:
     while len(engine.chat.split(text)[0]) > PREFILL:
         text = text.rsplit(" ", 1)[0]
     router, times = engine.router, {True: [], False: []}  # type: ignore[var-annotated]
-    for _ in range(ROUNDS):
-        for routed in (True, False):
+    for index in range(ROUNDS):
+        for routed in (True, False) if index % 2 else (False, True):
             engine.router = router if routed else None
             engine.pool.forget()
             start = time.perf_counter()
