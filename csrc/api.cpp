@@ -79,6 +79,7 @@ WHISPERS_API int whispers_rms_norm(const void* args) { return call(args, &Kernel
 WHISPERS_API int whispers_rope_and_store(const void* args) { return call(args, &Kernels::rope_and_store); }
 WHISPERS_API int whispers_silu_mul(const void* args) { return call(args, &Kernels::silu_mul); }
 WHISPERS_API int whispers_pool_logits(const void* args) { return call(args, &Kernels::pool_logits); }
+WHISPERS_API int whispers_likeliest(const void* args) { return call(args, &Kernels::likeliest); }
 WHISPERS_API int whispers_linear(const void* args) { return call(args, &Kernels::linear); }
 WHISPERS_API int whispers_unpack_rows(const void* args) { return call(args, &Kernels::unpack_rows); }
 WHISPERS_API int whispers_forward(const void* args) { return call(args, &Kernels::forward); }

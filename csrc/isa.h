@@ -18,6 +18,7 @@ struct Kernels {
   bool (*rope_and_store)(const RopeAndStore&, Team&);
   bool (*silu_mul)(const SiluMul&, Team&);
   bool (*pool_logits)(const PoolLogits&, Team&);
+  bool (*likeliest)(const Likeliest&, Team&);
   bool (*linear)(const Linear&, Team&);
   bool (*unpack_rows)(const UnpackRows&, Team&);
   bool (*forward)(const Forward&, Team&);

@@ -5,6 +5,7 @@
 #include "embed_rows.h"
 #include "forward.h"
 #include "isa.h"
+#include "likeliest.h"
 #include "linear.h"
 #include "linear_unpack.h"
 #include "pool_logits.h"
@@ -38,6 +39,9 @@ inline bool run_rope_and_store(const RopeAndStore& a, Team& team) {
 inline bool run_pool_logits(const PoolLogits& a, Team& team) {
   return on_team<PoolLogits, pool_logits>(a, team, a.rows * a.vocabulary, 0, pool_scratch(a));
 }
+inline bool run_likeliest(const Likeliest& a, Team& team) {
+  return on_team<Likeliest, likeliest>(a, team, a.rows * a.vocabulary, 0, likeliest_scratch(a));
+}
 
 inline bool run_linear(const Linear& a, Team& team) {
   return on_team<Linear, linear>(a, team, a.rows * a.weights.outputs * a.weights.depth, 0, rows_bytes(a));
@@ -61,6 +65,7 @@ const Kernels WHISPERS_TABLE = {
     WHISPERS_ISA::run_rope_and_store,
     WHISPERS_ISA::run_silu_mul,
     WHISPERS_ISA::run_pool_logits,
+    WHISPERS_ISA::run_likeliest,
     WHISPERS_ISA::run_linear,
     WHISPERS_ISA::run_unpack_rows,
     WHISPERS_ISA::run_forward,

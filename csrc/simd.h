@@ -33,6 +33,7 @@ inline Mask outside(Mask a, Mask b) { return Mask(a & ~b); }                    
 inline Mask less(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
 inline Mask equal(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
 inline Vec select(Mask mask, Vec yes, Vec no) { return _mm512_mask_blend_ps(mask, no, yes); }
+inline bool any(Mask mask) { return mask != 0; }
 
 inline Vec load(const float* p) { return _mm512_loadu_ps(p); }
 inline Vec widen(__m256i x, Bf16) { return as_vec(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
@@ -95,6 +96,7 @@ inline Mask outside(Mask a, Mask b) { return _mm256_andnot_ps(b, a); }
 inline Mask less(Vec a, Vec b) { return _mm256_cmp_ps(a, b, _CMP_LT_OQ); }
 inline Mask equal(Vec a, Vec b) { return _mm256_cmp_ps(a, b, _CMP_EQ_OQ); }
 inline Vec select(Mask mask, Vec yes, Vec no) { return _mm256_blendv_ps(no, yes, mask); }
+inline bool any(Mask mask) { return _mm256_movemask_ps(mask) != 0; }
 
 inline Vec load(const float* p) { return _mm256_loadu_ps(p); }
 inline Vec widen(__m128i x, Bf16) { return as_vec(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16)); }

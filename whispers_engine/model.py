@@ -15,6 +15,7 @@ from whispers_kernels.ops import check_impl
 
 from .config import ModelConfig
 from .kv_cache import PagePool
+from .sampling import first_largest
 from .weights import Weights
 
 if TYPE_CHECKING:
@@ -137,6 +138,18 @@ class Model:
             return self._packed.logits(hidden)
         assert self._weights is not None
         return F.linear(hidden, self._weights.head)
+
+    @torch.inference_mode()
+    def likeliest(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """The likeliest next token int64 `[R]` of final hidden states `[R, hidden]`, and its log-probability, float32 `[R]`.
+
+        Of equally likely tokens the one with the lowest id.
+        """
+        if self._packed is not None:
+            return self._packed.likeliest(hidden)
+        logits = self.logits(hidden).float()
+        tokens = first_largest(logits)
+        return tokens, logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
 
     def _norm(self, x: Tensor, weight: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
         """Normalises x plus the residual; returns that and the new residual."""

@@ -6,6 +6,7 @@ import math
 import time
 from collections import deque
 from itertools import accumulate
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -267,7 +268,7 @@ class Scheduler:
                 groups.append((task, live))
         if not groups:
             return
-        groups.sort(key=lambda group: group[0].aggregate == "product")  # stable: the mixtures, then the products
+        groups.sort(key=lambda group: _rule(group[0]))  # stable
         tokens, pooled, own = self._choose(groups)
         row = 0
         for (task, members), token, logprob in zip(groups, tokens, pooled, strict=True):
@@ -279,16 +280,30 @@ class Scheduler:
                 self._count(task)
 
     def _choose(self, groups: list[tuple[Task, list[Branch]]]) -> tuple[list[int], list[float], list[float]]:
-        """Returns every group's token, its log-probability in the pool, and in each member's own distribution.
+        """Returns every group's token, its log-probability in the pool, and in each member's own distribution; groups in order of rules.
 
-        A branch on its own is a pool of one: its mixture is its own distribution.
+        Whether a branch is `greedy` is up to its own task: it gets the same token and bits in any company.
         """
+        hidden = torch.stack([branch.hidden for _, group in groups for branch in group if branch.hidden is not None])
+        alone = sum(_rule(task) == "greedy" for task, _ in groups)  # a group of one each
+        parts = []
+        if alone:
+            tokens, logp = self.model.likeliest(hidden[:alone])
+            parts.append((tokens, logp, logp))
+        if alone < len(groups):
+            parts.append(self._pool(groups[alone:], hidden[alone:]))
+        # The one time that a step waits for the device. Token ids and float32 are exact in float64.
+        columns = [torch.cat(column).double() for column in zip(*parts, strict=True)]
+        found, count = torch.cat(columns).tolist(), len(groups)
+        return [int(token) for token in found[:count]], found[count : 2 * count], found[2 * count :]
+
+    def _pool(self, groups: list[tuple[Task, list[Branch]]], hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The same for mixtures and products, on the device. A branch on its own is a pool of one: its own distribution."""
         on_device = self.model.on_device
-        members = [branch for _, group in groups for branch in group]
-        logits = self.model.logits(torch.stack([branch.hidden for branch in members if branch.hidden is not None]))
+        logits = self.model.logits(hidden)
         weights = [branch.weight if task.pooled else 1.0 for task, group in groups for branch in group]
         ends = [0, *accumulate(len(group) for _, group in groups)]
-        split = sum(task.aggregate != "product" for task, _ in groups)  # groups before here are mixtures
+        split = sum(_rule(task) == "mixture" for task, _ in groups)
         parts = []
         for rule, first, last in (("mixture", 0, split), ("product", split, len(groups))):
             if first < last:
@@ -305,13 +320,10 @@ class Scheduler:
             [len(group[0].tokens) for _, group in groups],
         )
         pooled = own = logp.gather(1, tokens[:, None])[:, 0]
-        if len(members) > len(groups):  # else every branch is its own pool
+        if len(hidden) > len(groups):  # else every branch is its own pool
             of_row = tokens[on_device([at for at, (_, group) in enumerate(groups) for _ in group], torch.int64)]
             own = logits.gather(1, of_row[:, None])[:, 0].float() - logits.float().logsumexp(-1)
-        # The one time that a step waits for the device. Token ids and float32 are exact in float64.
-        found = torch.cat((tokens.double(), pooled.double(), own.double())).tolist()
-        count = len(groups)
-        return [int(token) for token in found[:count]], found[count : 2 * count], found[2 * count :]
+        return tokens, pooled, own
 
     def _append(self, task: Task, members: list[Branch], token: int, logprob: float, own: list[float]) -> None:
         """Gives a group its next token, and ends it where that was the last one."""
@@ -362,3 +374,10 @@ class Scheduler:
                 branch.text.finish()
                 self._end(task, branch, "vote")
                 task.sink(Finished(task.id, branch.record()))
+
+
+def _rule(task: Task) -> Literal["greedy", "mixture", "product"]:
+    """How a task's next tokens are chosen; a step takes the rules in the order of the alphabet."""
+    if not task.pooled and task.sampling.temperature == 0:
+        return "greedy"
+    return "product" if task.aggregate == "product" else "mixture"

@@ -20,7 +20,7 @@ from whispers_kernels import Plan, available_impls, committee_attention, ops, rm
 
 pytestmark = pytest.mark.skipif("cpp" not in available_impls(), reason="needs the C++ kernels")
 ROOT = Path(__file__).parents[2]
-PARITY = ("test_committee_attention.py", "test_other_ops.py", "test_rope_and_store.py")
+PARITY = ("test_committee_attention.py", "test_likeliest.py", "test_other_ops.py", "test_rope_and_store.py")
 FP8 = torch.float8_e4m3fn
 
 

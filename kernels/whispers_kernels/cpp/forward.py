@@ -16,6 +16,7 @@ from .attention import tile_rows
 from .library import address, check_pages, dense, dtype_of, operation, page_layout
 from .linear import PackedLinear
 from .packing import Memory
+from .small_ops import likeliest
 
 # A Forward of csrc/forward_args.h: itself, then its EmbedRows, UnpackRows, RopeAndStore and Attention.
 _forward = operation("forward", "15qd" + "11q" + "14q" + "31q" + "35q2d")
@@ -123,6 +124,10 @@ class Forward:
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits `[R, V]` of final hidden states `[R, hidden]`."""
         return self.head(hidden)
+
+    def likeliest(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """The likeliest next token int64 `[R]` of final hidden states `[R, hidden]`, and its log-probability, float32 `[R]`."""
+        return likeliest(self.head(hidden))
 
     def __call__(
         self,
