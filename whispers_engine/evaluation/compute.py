@@ -1,0 +1,155 @@
+"""Everything that the base computes: option log-probabilities, router features, latencies. What the store has is not computed again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from whispers_engine.errors import WhispersError
+from whispers_engine.request import Request
+from whispers_engine.router import profile_text
+
+from .cast import BASE
+from .store import Logprobs, Store
+
+if TYPE_CHECKING:
+    from whispers_engine.engine import Engine
+
+PROFILE = "country"  # what a router's profile calls the culture
+_AT_ONCE = 16  # questions read and then scored: their contexts are still there
+_BRANCHES = 64  # experts in one request
+Progress = Callable[[str, int], None]  # what is done now, and how many units more are
+
+
+def instruction(culture: str, prompt: str) -> str:
+    """The prompt for the base that is told in words whom to answer as."""
+    return f"Answer as someone from {culture}.\n\n{prompt}"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A prompt whose options are to be scored.
+
+    Attributes:
+        where: the record it is from, for messages.
+        experts: their keys (`cast.expert_key`, or BASE).
+        layers: which of the base's layers routers read of it.
+    """
+
+    where: str
+    prompt: str
+    options: tuple[str, ...]
+    experts: tuple[str, ...]
+    layers: tuple[int, ...] = ()
+
+
+class Computer:
+    """Computes and keeps.
+
+    Args:
+        names: an engine's names for experts, by key (`Cast.engage`).
+        store: open for appending while `run` and the others compute.
+    """
+
+    def __init__(self, engine: Engine, names: Mapping[str, str], store: Store):
+        self.engine = engine
+        self.store = store
+        self._names = names
+        self._keys = {name: key for key, name in names.items()}
+
+    def check(self, jobs: Sequence[Job]) -> None:
+        """Refuses what this engine cannot score (too long a question, say) before anything is computed."""
+        for job in jobs:
+            asked = list(self._requests(job.experts))
+            try:
+                for names in asked:
+                    self.engine.stream(job.prompt, job.options, names)  # refused now; work starts with its first event
+            except WhispersError as error:
+                raise WhispersError(f"{job.where}: {error}") from error
+
+    def run(self, jobs: Sequence[Job], what: str, progress: Progress) -> None:
+        """Scores jobs and reads their features."""
+        for first in range(0, len(jobs), _AT_ONCE):
+            some = jobs[first : first + _AT_ONCE]
+            for layer in sorted({layer for job in some for layer in job.layers}):
+                self.read([job.prompt for job in some if layer in job.layers], layer)
+            self._score(some, what, progress)
+
+    def _score(self, jobs: Sequence[Job], what: str, progress: Progress) -> None:
+        missing = [(job, self.store.missing(self.key(job), job.experts)) for job in jobs]
+        requests = [
+            (job, Request(job.prompt, job.options, names))
+            for job, experts in missing
+            for names in self._requests(experts)
+        ]
+        results = self.engine.score_many(request for _, request in requests)
+        done = 0
+        for (job, _), result in zip(requests, results, strict=True):
+            rows: list[Logprobs] = list(result.logprobs.numpy())
+            self.store.add_logprobs(
+                self.key(job), {self._keys[name]: row for name, row in zip(result.experts, rows, strict=True)}
+            )
+            if job is not jobs[done]:  # all of the ones before it are complete
+                at = next(index for index, other in enumerate(jobs) if other is job)
+                progress(what, at - done)
+                done = at
+        progress(what, len(jobs) - done)
+
+    def _requests(self, experts: Sequence[str]) -> Iterator[list[str]]:
+        """Lists of names to ask for; the base is asked by naming nobody."""
+        if BASE in experts:
+            yield []
+        named = [self._names[key] for key in dict.fromkeys(experts) if key != BASE]
+        for first in range(0, len(named), _BRANCHES):
+            yield named[first : first + _BRANCHES]
+
+    def key(self, job: Job) -> str:
+        return self.store.key(job.prompt, job.options)
+
+    # --- what routers read -----------------------------------------------------------------------------------------------------
+
+    def read(
+        self, texts: Sequence[str], layer: int, progress: Progress = lambda what, units: None, what: str = ""
+    ) -> None:
+        """Reads the features of texts that have none yet."""
+        todo = [text for text in dict.fromkeys(texts) if self.store.feature(self.store.key(text), layer) is None]
+        progress(what, len(texts) - len(todo))
+        for first in range(0, len(todo), _AT_ONCE):
+            some = todo[first : first + _AT_ONCE]
+            for text, values in zip(some, self.engine.read(some, layer), strict=True):
+                self.store.add_feature(self.store.key(text), layer, values.numpy())
+            progress(what, len(some))
+
+    def feature(self, text: str, layer: int) -> np.ndarray:
+        """float32 `[hidden]`, of a text that has been read."""
+        found = self.store.feature(self.store.key(text), layer)
+        assert found is not None
+        return found
+
+    # --- latency ---------------------------------------------------------------------------------------------------------------
+
+    def time(self, jobs: Sequence[Job], what: str, progress: Progress) -> list[float]:
+        """Seconds that each job takes alone, from submission to answer, nothing of it in the page pool. Kept as all else is: a rerun
+        says what was measured first."""
+        key = self.store.key("seconds", [(self.key(job), job.experts) for job in jobs])
+        found = self.store.seconds(key)
+        if found is None:
+            found = []
+            for job in jobs:
+                self.engine.pool.forget()
+                named = [self._names[expert] for expert in job.experts if expert != BASE]
+                answer = self.engine.ask(job.prompt, job.options, named)
+                found.append(answer.timing["total"])
+                progress(what, 1)
+            self.store.add_seconds(key, found)
+        else:
+            progress(what, len(jobs))
+        return found
+
+
+def profile_of(culture: str) -> str:
+    """What a router reads of a profile that names the culture."""
+    return profile_text({PROFILE: culture})
