@@ -40,22 +40,31 @@ def rows_plot(section: Mapping[str, Any], metric: str) -> bytes:
 
 
 def matrix_plot(matrix: Mapping[str, Any], metric: str) -> bytes:
-    """Culture by expert: a good committee is brightest along its diagonal. Colours are relative to each culture's own mean."""
+    """Culture by expert: a good committee is bluest where they are the same (boxed). Colours are relative to each culture's own mean."""
+    from matplotlib.patches import Rectangle  # type: ignore[import-not-found,unused-ignore]
+
     values = np.array([[np.nan if v is None else v for v in row] for row in matrix["values"]], dtype=np.float64)
     gap = values - np.nanmean(values, axis=1, keepdims=True)
     high = max(float(np.nanmax(np.abs(gap))), 1e-9)
     rows, columns = values.shape
-    figure, axis = _figure(2.2 + 0.36 * columns, 1.8 + 0.3 * rows)
+    figure, axis = _figure(2.6 + 0.36 * columns, 2.4 + 0.3 * rows)
     image = axis.imshow(gap, cmap="RdBu", vmin=-high, vmax=high, aspect="auto")
     axis.set_xticks(range(columns), matrix["experts"], rotation=90, fontsize=7)
     axis.set_yticks(range(rows), matrix["cultures"], fontsize=7)
     for row in range(rows):
         for column in range(columns):
             text = f"{values[row, column]:.2f}".removeprefix("0")
-            axis.text(column, row, text, ha="center", va="center", fontsize=5.5, color="#222222")
+            ink = "#ffffff" if abs(gap[row, column]) > 0.6 * high else "#222222"
+            own = matrix["experts"][column] == matrix["cultures"][row]
+            axis.text(
+                column, row, text, ha="center", va="center", fontsize=5.5, color=ink, weight="bold" if own else None
+            )
+            if own:
+                axis.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, lw=1.2, ec="#222222"))
+    axis.set_title(f"{metric} of every culture's answers with every expert", fontsize=9)
     axis.set_xlabel("expert")
     axis.set_ylabel("culture")
-    figure.colorbar(image, ax=axis, label=f"{metric}, less the culture's mean over experts")
+    figure.colorbar(image, ax=axis, label="less the culture's mean")
     return _png(figure)
 
 

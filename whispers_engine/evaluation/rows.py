@@ -198,15 +198,23 @@ def _routed(scores: Scores, team: Team, router: Router, aggregate: str, told: bo
     def answer(item: Item, culture: str) -> Outcome:
         weights = router.ask(item.prompt, culture if told else None)
         if weights is None:
-            return Outcome(scores.of(item, BASE), asked=(BASE,), entropy=0.0)
+            p = scores.of(item, BASE)
+            if aggregate == "vote":  # the base's is the only one
+                p = np.eye(len(p))[p.argmax()]
+            return Outcome(p, asked=(BASE,), entropy=0.0)
         return scores.pooled(item, team, weights[:1] if aggregate == "delegate" else weights, aggregate)
 
     return answer
 
 
+def asks_all(team: Team, router: Router | None) -> bool:
+    """Whether every expert of a team is asked every question."""
+    return router is None or team.shares_context
+
+
 def needed(item: Item, team: Team, router: Router | None, dataset: Dataset, profile: bool) -> Sequence[str]:
     """The experts that a team's rows ask about an item, by key: all where that costs no context more, else those of some row."""
-    if team.shares_context or router is None:
+    if asks_all(team, router):
         return [expert_key(expert) for expert in team.experts.values()]
     other: Mapping[str, str] = deranged(dataset.cultures)
     cultures = [culture for culture in dataset.cultures if culture in item.targets]

@@ -24,7 +24,7 @@ from .metrics import (
     skill,
 )
 from .routing import Router, measure
-from .rows import Answers, Row, Scores, answer_all, general_rows, needed, team_rows
+from .rows import Answers, Row, Scores, answer_all, asks_all, general_rows, needed, team_rows
 from .table import Table
 
 VERSION = 1
@@ -216,7 +216,9 @@ class Evaluation:
                 self._difference(pairs, a, b, scores, resampler)
                 for a, b in combinations([one.row.key for one in answers], 2)
             ],
-            "matrices": [self._matrix(pairs, team) for team in self._cast.teams if team.shares_context],
+            "matrices": [
+                self._matrix(pairs, team) for team in self._cast.teams if asks_all(team, self._routers.get(team.label))
+            ],
         }
 
     @staticmethod
