@@ -18,6 +18,7 @@ from tests.engine.conftest import Tiny, soft_prompt
 from tests.engine.test_cli import Whispers, row
 from tests.engine.test_evaluation_rows import RECORDS, members, save, write
 from whispers_engine import Engine
+from whispers_engine.records import read_records
 
 whispers, committee, source = cli.whispers, rows.committee, rows.source  # fixtures
 ASKED: list[dict[str, Any]] = [
@@ -145,7 +146,7 @@ def test_ctrl_c_keeps_what_was_computed(
 def test_the_page(whispers: Whispers, everything: list[object], source: Path, llama: Tiny, tmp_path: Path) -> None:
     """Well-formed, and whole in itself: no address of anything outside; what users wrote is no markup."""
     experts = members(llama)
-    experts[0].record["curves"] = {"loss": [[1, 2.0], [2, 1.0]]}
+    experts[0].record["curve"] = [{"step": 1, "train": 2.0}, {"step": 2, "train": 1.0}]
     folder = save(tmp_path / "a & b <i>", llama, experts)
     ran = whispers(*everything, "--committee", folder, "--report", tmp_path / "out")
     assert ran.status == 0, ran
@@ -163,6 +164,14 @@ def test_the_page(whispers: Whispers, everything: list[object], source: Path, ll
     assert tags.count("img") >= 6 and "a &amp; b &lt;i&gt;: culture&#x27;s expert" in page
     assert any("Training" in (element.text or "") for element in root.iter("h2"))
     html.parser.HTMLParser().feed(page)
+
+
+def test_what_was_learned_is_no_test(whispers: Whispers, source: Path, llama: Tiny, tmp_path: Path) -> None:
+    experts = members(llama)
+    experts[1].record["data"] = {"file": "dev.jsonl", "sha256": read_records(source).sha256}
+    ran = whispers("eval", source, "--committee", save(tmp_path / "seen", llama, experts))
+    assert ran.status == 0 and "seen: trained on this very file: andes" in ran.err
+    assert "Trained on this very file: seen: andes" in (source.with_name("dev.eval") / "report.html").read_text()
 
 
 def test_without_a_committee(whispers: Whispers, source: Path, llama: Tiny, tmp_path: Path) -> None:

@@ -104,10 +104,7 @@ def test_the_papers_figures() -> None:
 
 
 def test_curves() -> None:
-    assert curves_of({}) == {} and curves_of({"curves": 3}) == {}
-    record = {
-        "curves": {"loss": [2.0, 1.5], "dev": [[10, 1.75], [20, 1.25]], "note": "x", "bad": [[1, 2, 3]], "empty": []}
-    }
-    assert curves_of(record) == {"loss": [[1.0, 2.0], [2.0, 1.5]], "dev": [[10.0, 1.75], [20.0, 1.25]]}
-    stepped = {"curves": {"steps": [5, 10], "loss": [2.0, 1.5], "longer": [1, 2, 3]}}
-    assert curves_of(stepped) == {"loss": [[5.0, 2.0], [10.0, 1.5]], "longer": [[1.0, 1.0], [2.0, 2.0], [3.0, 3.0]]}
+    assert curves_of({}) == {} and curves_of({"curve": 3, "text": "x"}) == {}
+    points = [{"step": 0, "train": 2.0, "dev": None}, {"step": 5, "train": 1.5, "dev": 1.75, "note": "x"}, "no point"]
+    record = {"curve": points, "shared_curve": [{"step": 1, "train": 3}], "recurve": points}
+    assert curves_of(record) == {"train": [[0.0, 2.0], [5.0, 1.5]], "dev": [[5.0, 1.75]], "shared train": [[1.0, 3.0]]}

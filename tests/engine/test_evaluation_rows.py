@@ -124,6 +124,13 @@ def test_one_question_in_two_records_is_one_cluster(tmp_path: Path) -> None:
     assert [item.cluster for item in dataset.items] == [0, 0, 1] and dataset.clusters == 2
 
 
+def test_records_of_one_fact_are_one_cluster(tmp_path: Path) -> None:
+    """Other words for the same thing are not another question to draw."""
+    records = [{**record, "fact": "food"} for record in (RECORDS[0], RECORDS[2])] + [RECORDS[1]]
+    dataset = make_dataset(read_records(write(tmp_path / "x.jsonl", records)), None)
+    assert [item.cluster for item in dataset.items] == [0, 0, 1]
+
+
 def test_aliases(source: Path) -> None:
     dataset = make_dataset(read_records(source), ["Tchad"], {"Chad": "Tchad"})
     assert dataset.cultures == ("Tchad",) and "Tchad" in dataset.items[0].targets
@@ -328,6 +335,12 @@ def test_questions_for_the_router(tmp_path: Path) -> None:
         ("b", None, None),
         ("c", None, None),
     ]
+    write(path, [{"question": "a", "split": "train"}, {"question": "b", "split": "heldout", "neutral": True}])
+    assert [one.question for one in read_asked(path, {}, neutral=True)] == ["b"]
+    write(path, [{"question": "a", "split": "train"}])
+    with pytest.raises(WhispersError, match="holds no question to ask"):
+        read_asked(path, {}, neutral=True)
+    write(path, lines)
     with pytest.raises(WhispersError, match=r"asked.jsonl:1: is no question of that kind"):
         read_asked(path, {}, neutral=True)
     assert BASE == "base"

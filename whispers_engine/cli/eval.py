@@ -155,6 +155,11 @@ def _run(evaluation: Evaluation) -> None:
 def _show(found: Mapping[str, Any], folder: Path) -> None:
     from whispers_engine.evaluation.view import full_label, gap_to, number, reference_row, with_interval
 
+    for one in found["committees"]:
+        if one["trained_on_this_file"]:
+            err.print(
+                f"{one['label']}: trained on this very file: {', '.join(one['trained_on_this_file'])}", style="red"
+            )
     for metric, section in found["metrics"].items():
         reference = reference_row(section)
         name = next(full_label(row) for row in section["rows"] if row["row"] == reference)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 PROFILE = "country"  # what a router's profile calls the culture
 _AT_ONCE = 16  # questions read and then scored: their contexts are still there
-_BRANCHES = 64  # experts in one request
+_BRANCHES = 32  # experts in one request: what they take of the page pool at once is bounded
 Progress = Callable[[str, int], None]  # what is done now, and how many units more are
 
 
@@ -79,24 +79,24 @@ class Computer:
             self._score(some, what, progress)
 
     def _score(self, jobs: Sequence[Job], what: str, progress: Progress) -> None:
-        missing = [(job, self.store.missing(self.key(job), job.experts)) for job in jobs]
+        asked = [list(self._requests(self.store.missing(self.key(job), job.experts))) for job in jobs]
+        # A job's second request after every job's first: it finds the context that the first has computed.
+        turns = max(map(len, asked), default=0)
         requests = [
-            (job, Request(job.prompt, job.options, names))
-            for job, experts in missing
-            for names in self._requests(experts)
+            (at, Request(jobs[at].prompt, jobs[at].options, names[turn]))
+            for turn in range(turns)
+            for at, names in enumerate(asked)
+            if turn < len(names)
         ]
+        left = list(map(len, asked))
+        progress(what, left.count(0))
         results = self.engine.score_many(request for _, request in requests)
-        done = 0
-        for (job, _), result in zip(requests, results, strict=True):
+        for (at, _), result in zip(requests, results, strict=True):
             rows: list[Logprobs] = list(result.logprobs.numpy())
-            self.store.add_logprobs(
-                self.key(job), {self._keys[name]: row for name, row in zip(result.experts, rows, strict=True)}
-            )
-            if job is not jobs[done]:  # all of the ones before it are complete
-                at = next(index for index, other in enumerate(jobs) if other is job)
-                progress(what, at - done)
-                done = at
-        progress(what, len(jobs) - done)
+            found = {self._keys[name]: row for name, row in zip(result.experts, rows, strict=True)}
+            self.store.add_logprobs(self.key(jobs[at]), found)
+            left[at] -= 1
+            progress(what, int(left[at] == 0))
 
     def _requests(self, experts: Sequence[str]) -> Iterator[list[str]]:
         """Lists of names to ask for; the base is asked by naming nobody."""

@@ -10,27 +10,26 @@ Curve = list[list[float]]  # points of a step and a value
 
 
 def curves_of(record: Mapping[str, Any]) -> dict[str, Curve]:
-    """The curves under a record's "curves": a mapping from names to lists of values, or of [step, value]. What is no curve is left out.
+    """The curves of a training record: entries called "curve" or "..._curve", lists of {"step": ..., and values by name}.
 
-    A list named "step" or "steps" gives the steps of the lists of values that are as long.
+    Returns:
+        A curve a name of a value ("train", "dev"; "shared train" of a "shared_curve"). Values that are missing and whatever is no curve
+        are left out.
     """
-    found = record.get("curves")
-    if not isinstance(found, Mapping):
-        return {}
-    steps: list[float] = next((found[key] for key in ("step", "steps") if _numbers(found.get(key))), [])
     curves: dict[str, Curve] = {}
-    for name, values in found.items():
-        if name in ("step", "steps") or not isinstance(values, list) or not values:
+    for key, points in record.items():
+        kind = key.removesuffix("curve")
+        if kind == key or (kind and not kind.endswith("_")) or not isinstance(points, list):
             continue
-        if _numbers(values):
-            at = steps if len(steps) == len(values) else range(1, len(values) + 1)
-            curves[str(name)] = [[float(x), float(y)] for x, y in zip(at, values, strict=True)]
-        elif all(_numbers(point) and len(point) == 2 for point in values):
-            curves[str(name)] = [[float(x), float(y)] for x, y in values]
+        for point in points:
+            if not isinstance(point, Mapping) or not _number(point.get("step")):
+                continue
+            for name, value in point.items():
+                if name != "step" and _number(value):
+                    label = f"{kind.replace('_', ' ')}{name}"
+                    curves.setdefault(label, []).append([float(point["step"]), float(value)])
     return curves
 
 
-def _numbers(values: Any) -> bool:
-    return isinstance(values, list) and all(
-        isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) for value in values
-    )
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

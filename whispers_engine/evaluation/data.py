@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -28,7 +29,7 @@ class Item:
     Attributes:
         record: the line that it is from (the first of them).
         form: "dist" or "answer".
-        cluster: items of the same question text have the same.
+        cluster: items of the same question text, or of the same `fact` where the records name one, have the same.
         prompt, options: what is asked and what is scored.
         targets: every culture's shares, float64 `[options]`, summing to one; 1 at its answer.
         names: what of the culture the question names ("country", "city"), where the record says so.
@@ -140,11 +141,12 @@ def make_dataset(source: RecordFile, cultures: Sequence[str] | None, aliases: Al
         there = ", ".join(sorted(counts)) or "none"
         asked = ", ".join(cultures or ()) or "none"
         raise WhispersError(f"{source.path}: has answers of {there}; accepted: of at least one of {asked}")
-    names, clusters, items = _names(source), dict[str, int](), []
+    names, facts = _more(source, "names"), _more(source, "fact")
+    clusters, items = dict[str, int](), []
     for (form, question, _), lines in groups.items():
         for record, targets in lines:
             if any(name in targets for name in wanted):
-                cluster = clusters.setdefault(question, len(clusters))
+                cluster = clusters.setdefault(facts.get(record.line, question), len(clusters))
                 asked, options = prompt(record)
                 items.append(Item(record, form, cluster, asked, tuple(options), targets, names.get(record.line)))
     left_out = {name: counts[name] for name in sorted(counts) if name not in wanted}
@@ -175,12 +177,12 @@ def _answers(record: Record) -> dict[str, Floats]:
     return {record.culture: np.eye(options)[record.options.index(record.answer)]}
 
 
-def _names(source: RecordFile) -> dict[int, str]:
-    """What the records' `names` say, by line. Records themselves do not keep what only this reads."""
+def _more(source: RecordFile, key: str) -> dict[int, str]:
+    """A text of each record that has it, by line. Records themselves do not keep what only this reads."""
     found = {}
     lines = source.path.read_bytes().split(b"\n")
     for record in source.records:
-        value = json.loads(lines[record.line - 1].removeprefix(b"\xef\xbb\xbf")).get("names")
+        value = json.loads(lines[record.line - 1].removeprefix(codecs.BOM_UTF8)).get(key)
         if isinstance(value, str) and value:
             found[record.line] = value
     return found
@@ -196,7 +198,8 @@ class Asked:
 
 
 def read_asked(path: Path, aliases: Aliases, neutral: bool) -> list[Asked]:
-    """Reads `{"question": ..., "culture": ..., "names": ...}`, one a line; a culture that is missing or null is at stake nowhere.
+    """Reads `{"question": ..., "culture": ..., "names": ...}`, one a line; where the culture is missing or null, none is at stake. Lines
+    whose "split" is "train" are skipped: a router may have learned from them.
 
     Args:
         neutral: whether every line must be such a one.
@@ -222,8 +225,12 @@ def read_asked(path: Path, aliases: Aliases, neutral: bool) -> list[Asked]:
             right = False
         if not right:
             raise WhispersError(f"{path}:{number}: is no question of that kind; accepted: {accepted}, other keys aside")
+        if value.get("split") == "train":
+            continue
         known = names if isinstance(names, str) and names and culture is not None else None
         found.append(Asked(question, aliases.get(culture, culture) if culture else None, known))
     if not found:
-        raise WhispersError(f"{path}: holds no question; accepted: one JSON object a line")
+        raise WhispersError(
+            f"{path}: holds no question to ask; accepted: one JSON object a line, not all of the split 'train'"
+        )
     return found

@@ -43,19 +43,21 @@ def matrix_plot(matrix: Mapping[str, Any], metric: str) -> bytes:
     """Culture by expert: a good committee is bluest where they are the same (boxed). Colours are relative to each culture's own mean."""
     from matplotlib.patches import Rectangle  # type: ignore[import-not-found,unused-ignore]
 
-    values = np.array([[np.nan if v is None else v for v in row] for row in matrix["values"]], dtype=np.float64)
-    gap = values - np.nanmean(values, axis=1, keepdims=True)
-    high = max(float(np.nanmax(np.abs(gap))), 1e-9)
+    there = [at for at, row in enumerate(matrix["values"]) if None not in row]  # cultures with questions of this form
+    values = np.array([matrix["values"][at] for at in there], dtype=np.float64)
+    cultures = [matrix["cultures"][at] for at in there]
+    gap = values - values.mean(axis=1, keepdims=True)
+    high = max(float(np.abs(gap).max()), 1e-9)
     rows, columns = values.shape
     figure, axis = _figure(2.6 + 0.36 * columns, 2.4 + 0.3 * rows)
     image = axis.imshow(gap, cmap="RdBu", vmin=-high, vmax=high, aspect="auto")
     axis.set_xticks(range(columns), matrix["experts"], rotation=90, fontsize=7)
-    axis.set_yticks(range(rows), matrix["cultures"], fontsize=7)
+    axis.set_yticks(range(rows), cultures, fontsize=7)
     for row in range(rows):
         for column in range(columns):
             text = f"{values[row, column]:.2f}".removeprefix("0")
             ink = "#ffffff" if abs(gap[row, column]) > 0.6 * high else "#222222"
-            own = matrix["experts"][column] == matrix["cultures"][row]
+            own = matrix["experts"][column] == cultures[row]
             axis.text(
                 column, row, text, ha="center", va="center", fontsize=5.5, color=ink, weight="bold" if own else None
             )

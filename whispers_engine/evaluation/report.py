@@ -52,7 +52,13 @@ def _about(report: Mapping[str, Any]) -> str:
         f"Cultures without an expert, left out: {left}. Base {report['base']}, {report['dtype']}. Intervals of 95 %: bootstrap over "
         f"questions, {settings['resamples']} resamples."
     )
-    return f'<p class="dim">{escape(text)}</p>'
+    seen = [
+        f"{one['label']}: {', '.join(one['trained_on_this_file'])}"
+        for one in report["committees"]
+        if one["trained_on_this_file"]
+    ]
+    warning = f"<p><strong>Trained on this very file: {escape('; '.join(seen))}</strong></p>" if seen else ""
+    return f'{warning}<p class="dim">{escape(text)}</p>'
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -214,7 +214,7 @@ def asks_all(team: Team, router: Router | None) -> bool:
 
 def needed(item: Item, team: Team, router: Router | None, dataset: Dataset, profile: bool) -> Sequence[str]:
     """The experts that a team's rows ask about an item, by key: all where that costs no context more, else those of some row."""
-    if asks_all(team, router):
+    if router is None or asks_all(team, router):
         return [expert_key(expert) for expert in team.experts.values()]
     other: Mapping[str, str] = deranged(dataset.cultures)
     cultures = [culture for culture in dataset.cultures if culture in item.targets]

@@ -4,27 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from typing import Any
 
 import numpy as np
 
-from .bootstrap import RESAMPLES, Estimate, Resampler, estimate, finite
+from whispers_engine.experts import Expert
+
+from .bootstrap import RESAMPLES, Resampler
 from .cast import BASE, Cast, Team, expert_key
 from .compute import Computer, Job, Progress, instruction, profile_of
-from .data import FORMS, Asked, Dataset, Pairs
-from .metrics import (
-    Floats,
-    accuracy,
-    completeness,
-    expected_calibration_error,
-    relevant_share,
-    reliability,
-    similarity,
-    skill,
-)
+from .curves import curves_of
+from .data import FORMS, Asked, Dataset
+from .figures import Section
 from .routing import Router, measure
-from .rows import Answers, Row, Scores, answer_all, asks_all, general_rows, needed, team_rows
+from .rows import Row, Scores, general_rows, needed, team_rows
 from .table import Table
 
 VERSION = 1
@@ -151,13 +144,14 @@ class Evaluation:
     def report(self) -> dict[str, Any]:
         """Of what has been computed; plain data for JSON, the same for the same store."""
         settings, dataset = self._settings, self._dataset
-        rows = self._rows()
+        rows, scores = self._rows(), Scores(self._computer)
         resampler = Resampler(dataset.clusters, settings.resamples, settings.seed)
         sections = {}
         for form in FORMS:
             pairs = dataset.pairs(form)
             if len(pairs):
-                sections[METRICS[form]] = self._section(pairs, rows, resampler)
+                section = Section(dataset, self._cast, self._routers, pairs, rows, scores, resampler)
+                sections[METRICS[form]] = section.to_dict()
         routing = {
             label: measure(router, dataset, self._asked, settings.resamples, settings.seed, settings.profile)
             for label, router in self._routers.items()
@@ -200,109 +194,11 @@ class Evaluation:
                 {"name": name, "culture": expert.culture, "placement": expert.placement, "content": expert.content_hash}
                 for name, expert in team.experts.items()
             ],
+            # What an expert has learned from is no test of it.
+            "trained_on_this_file": [
+                name for name, expert in team.experts.items() if _data(expert) == self._dataset.source.sha256
+            ],
             "unknown_to_router": [name for name in team.experts if team.router is not None and name not in team.known],
-        }
-
-    def _section(self, pairs: Pairs, rows: list[Row], resampler: Resampler) -> dict[str, Any]:
-        """One metric's tables, over the pairs of its form."""
-        answers = [answer_all(row, self._dataset, pairs) for row in rows]
-        scores = {one.row.key: self._score(pairs, one) for one in answers}
-        found = [self._row(pairs, one, scores, resampler) for one in answers]
-        return {
-            "pairs": len(pairs),
-            "questions": len(set(pairs.item.tolist())),
-            "rows": found,
-            "differences": [
-                self._difference(pairs, a, b, scores, resampler)
-                for a, b in combinations([one.row.key for one in answers], 2)
-            ],
-            "matrices": [
-                self._matrix(pairs, team) for team in self._cast.teams if asks_all(team, self._routers.get(team.label))
-            ],
-        }
-
-    @staticmethod
-    def _score(pairs: Pairs, answers: Answers) -> Floats:
-        """float64 `[pairs]`; NaN where the row has no answer."""
-        if pairs.form == "dist":
-            return similarity(answers.p, pairs.target)
-        known = np.isfinite(answers.p[:, 0])
-        return np.where(known, accuracy(np.nan_to_num(answers.p), pairs.target, answers.chosen), np.nan)
-
-    def _row(self, pairs: Pairs, answers: Answers, scores: dict[str, Floats], resampler: Resampler) -> dict[str, Any]:
-        mine = scores[answers.row.key]
-        cultures = len(self._dataset.cultures)
-        whole = resampler.means(mine, pairs.cluster)
-        each = resampler.means(mine, pairs.cluster, pairs.culture, cultures)
-        guess = resampler.means(np.where(np.isfinite(mine), scores["uniform"], np.nan), pairs.cluster)
-        of_guess = estimate(
-            int(whole.n[0]),
-            float(skill(whole.mean, guess.mean)[0]),
-            skill(whole.draws, guess.draws)[:, 0],
-        )
-        known = np.isfinite(answers.p[:, 0])
-        # Options that a question does not have are no predictions.
-        there = known[:, None] & (np.arange(pairs.target.shape[1])[None, :] < pairs.size[:, None])
-        bins = reliability(answers.p[there], pairs.target[there])
-        return {
-            "row": answers.row.key,
-            "label": answers.row.label,
-            "committee": answers.row.team,
-            "pooled": whole.estimate().to_dict(),
-            "macro": resampler.macro(each).to_dict(),
-            "skill": of_guess.to_dict(),
-            "cultures": {name: each.estimate(at).to_dict() for at, name in enumerate(self._dataset.cultures)},
-            "ece": finite(expected_calibration_error(bins)),
-            "calibration": [vars(one) for one in bins],
-            "asked": self._of_asked(pairs, answers),
-        }
-
-    def _of_asked(self, pairs: Pairs, answers: Answers) -> dict[str, float | None] | None:
-        """The figures of the method's paper, for rows that ask a committee."""
-        team = next((team for team in self._cast.teams if team.label == answers.row.team), None)
-        asked = [outcome.asked for outcome in answers.outcomes if outcome is not None]
-        if team is None or not any(asked):
-            return None
-        cultures = {name: expert.culture for name, expert in team.experts.items()}
-        relevant = [
-            relevant_share([cultures.get(name) for name in outcome.asked], self._dataset.cultures[culture])
-            for outcome, culture in zip(answers.outcomes, pairs.culture.tolist(), strict=True)
-            if outcome is not None
-        ]
-        entropy = [outcome.entropy for outcome in answers.outcomes if outcome is not None]
-        return {
-            "relevant_share": finite(float(np.mean(relevant))),
-            "diversity_entropy": finite(float(np.mean(entropy))),
-            "completeness": finite(completeness(answers.p)),
-            "left_to_base": finite(float(np.mean([names == (BASE,) for names in asked]))),
-        }
-
-    def _difference(
-        self, pairs: Pairs, a: str, b: str, scores: dict[str, Floats], resampler: Resampler
-    ) -> dict[str, Any]:
-        """Of two rows, over the pairs that both have an answer to."""
-        gap = scores[a] - scores[b]
-        each = resampler.means(gap, pairs.cluster, pairs.culture, len(self._dataset.cultures))
-        pooled: Estimate = resampler.means(gap, pairs.cluster).estimate()
-        return {"a": a, "b": b, "pooled": pooled.to_dict(), "macro": resampler.macro(each).to_dict()}
-
-    def _matrix(self, pairs: Pairs, team: Team) -> dict[str, Any]:
-        """Every culture's mean score by every culture's expert."""
-        scores, cultures = Scores(self._computer), self._dataset.cultures
-        values = np.full((len(cultures), len(team.of)), np.nan)
-        for column, culture in enumerate(team.of):
-            p = np.zeros_like(pairs.target)
-            for at, index in enumerate(pairs.item.tolist()):
-                item = self._dataset.items[index]
-                p[at, : len(item.options)] = scores.of(item, team.key(culture))
-            one = similarity(p, pairs.target) if pairs.form == "dist" else accuracy(p, pairs.target)
-            sums = np.bincount(pairs.culture, one, len(cultures))
-            values[:, column] = sums / np.maximum(np.bincount(pairs.culture, minlength=len(cultures)), 1)
-        return {
-            "committee": team.label,
-            "cultures": list(cultures),
-            "experts": list(team.of),
-            "values": [[finite(value) for value in row] for row in values.tolist()],
         }
 
     def _latency(self) -> list[dict[str, Any]]:
@@ -317,8 +213,6 @@ class Evaluation:
 
     def _curves(self) -> list[dict[str, Any]]:
         """What the experts' training records say of their losses, as they say it."""
-        from .curves import curves_of
-
         experts = [(team.label, expert) for team in self._cast.teams for expert in team.experts.values()]
         if self._cast.blind is not None:
             experts.append(("blind", self._cast.blind))
@@ -327,3 +221,9 @@ class Evaluation:
             for label, expert in experts
             if (curves := curves_of(expert.record))
         ]
+
+
+def _data(expert: Expert) -> Any:
+    """The hash of the file that an expert was trained on, where its record says so."""
+    data = expert.record.get("data")
+    return data.get("sha256") if isinstance(data, dict) else None
