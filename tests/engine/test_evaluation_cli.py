@@ -184,6 +184,7 @@ def test_without_a_committee(whispers: Whispers, source: Path, llama: Tiny, tmp_
         "uniform",
         "base",
         "instruction",
+        "instruction-system",
         "others",
     ]
 

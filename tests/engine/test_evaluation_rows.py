@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from tests.engine.conftest import Tiny, kv_prompt, soft_prompt
+from tests.engine.conftest import TEMPLATE, Tiny, kv_prompt, soft_prompt
 from tests.engine.test_router import random_router
 from whispers_engine import Committee, Engine, Expert, WhispersError
 from whispers_engine.evaluation.cast import BASE, Cast, deranged, expert_key, read_cast
-from whispers_engine.evaluation.compute import Computer, instruction
+from whispers_engine.evaluation.compute import Computer, ways_to_tell
 from whispers_engine.evaluation.data import Dataset, make_dataset, read_asked
 from whispers_engine.evaluation.metrics import similarity
 from whispers_engine.evaluation.routing import Router
@@ -101,7 +101,7 @@ def bench(llama: Tiny, committee: Path, source: Path, tmp_path: Path) -> Bench:
     return Bench(llama, cast, make_dataset(read_records(source), cast.cultures), tmp_path)
 
 
-def probabilities(engine: Engine, question: str, options: list[str], experts: list[str]) -> np.ndarray:
+def probabilities(engine: Engine, question: Any, options: list[str], experts: list[str]) -> np.ndarray:
     return engine.score(question, options, experts).logprobs.double().softmax(-1).numpy()[0]
 
 
@@ -176,10 +176,13 @@ def test_rows_are_what_the_engine_scores(bench: Bench, llama: Tiny, committee: P
     for item in dataset.items:
         asked, options = prompt(item.record)
         for culture in (name for name in item.targets if name in CULTURES):
+            told = {"role": "system", "content": f"Answer as someone from {culture}."}
+            turns = [told, {"role": "user", "content": asked}]
             for key, want in (
                 ("uniform", np.full(len(options), 1 / len(options))),
                 ("base", probabilities(engine, asked, options, [])),
-                ("instruction", probabilities(engine, instruction(culture, asked), options, [])),
+                ("instruction", probabilities(engine, f"Answer as someone from {culture}.\n\n{asked}", options, [])),
+                ("instruction-system", probabilities(engine, turns, options, [])),
                 ("mixed/expert", probabilities(engine, asked, options, [of[culture]])),
                 ("mixed/other", probabilities(engine, asked, options, [of[other[culture]]])),
             ):
@@ -189,6 +192,14 @@ def test_rows_are_what_the_engine_scores(bench: Bench, llama: Tiny, committee: P
     first = oracle(dataset.items[0], "Japan")
     assert first is not None and first.p == pytest.approx([0.1, 0.1, 0.8])  # of Chad too, which has no expert
     assert oracle(dataset.items[2], "Peru") is None  # nobody else answered
+
+
+def test_a_template_without_a_systems_turn(llama: Tiny) -> None:
+    engine = Engine(llama.folder, page_size=8, kv_cache_tokens=512)
+    assert ways_to_tell(engine) == ["instruction", "instruction-system"]
+    refuse = "{% for m in messages if m['role'] == 'system' %}{{ raise_exception('no system turn') }}{% endfor %}"
+    engine.tokenizer.chat_template = refuse + TEMPLATE
+    assert ways_to_tell(engine) == ["instruction"]
 
 
 def test_routed_rows_are_what_the_engine_answers(bench: Bench, llama: Tiny, committee: Path) -> None:

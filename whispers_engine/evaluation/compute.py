@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from whispers_engine.chat import Question
 from whispers_engine.errors import WhispersError
 from whispers_engine.request import Request
 from whispers_engine.router import profile_text
@@ -24,9 +26,22 @@ _BRANCHES = 32  # experts in one request: what they take of the page pool at onc
 Progress = Callable[[str, int], None]  # what is done now, and how many units more are
 
 
-def instruction(culture: str, prompt: str) -> str:
-    """The prompt for the base that is told in words whom to answer as."""
-    return f"Answer as someone from {culture}.\n\n{prompt}"
+def instructions(culture: str, prompt: str) -> dict[str, Question]:
+    """The prompts for the base that is told in words whom to answer as, by their rows' keys: before the question, or as the system's turn
+    in place of the template's own."""
+    words = f"Answer as someone from {culture}."
+    turns = [{"role": "system", "content": words}, {"role": "user", "content": prompt}]
+    return {"instruction": f"{words}\n\n{prompt}", "instruction-system": turns}
+
+
+def ways_to_tell(engine: Engine) -> list[str]:
+    """The instructions that the base's chat template takes: not every one has a system's turn."""
+    ways = []
+    for key, question in instructions("X", "x").items():
+        with contextlib.suppress(WhispersError):
+            engine.chat.split(question)
+            ways.append(key)
+    return ways
 
 
 @dataclass(frozen=True)
@@ -36,14 +51,12 @@ class Job:
     Attributes:
         where: the record it is from, for messages.
         experts: their keys (`cast.expert_key`, or BASE).
-        layers: which of the base's layers routers read of it.
     """
 
     where: str
-    prompt: str
+    prompt: Question
     options: tuple[str, ...]
     experts: tuple[str, ...]
-    layers: tuple[int, ...] = ()
 
 
 class Computer:
@@ -71,12 +84,9 @@ class Computer:
                 raise WhispersError(f"{job.where}: {error}") from error
 
     def run(self, jobs: Sequence[Job], what: str, progress: Progress) -> None:
-        """Scores jobs and reads their features."""
+        """Scores jobs, some at a time: their contexts are still there when more experts are asked."""
         for first in range(0, len(jobs), _AT_ONCE):
-            some = jobs[first : first + _AT_ONCE]
-            for layer in sorted({layer for job in some for layer in job.layers}):
-                self.read([job.prompt for job in some if layer in job.layers], layer)
-            self._score(some, what, progress)
+            self._score(jobs[first : first + _AT_ONCE], what, progress)
 
     def _score(self, jobs: Sequence[Job], what: str, progress: Progress) -> None:
         asked = [list(self._requests(self.store.missing(self.key(job), job.experts))) for job in jobs]

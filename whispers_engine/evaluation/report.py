@@ -116,7 +116,7 @@ def _cultures_table(cultures: Sequence[str], section: Mapping[str, Any]) -> str:
 
 def _option_calibration(section: Mapping[str, Any], metric: str) -> str:
     up = "share of the answers" if metric == "similarity" else "share of right options"
-    keys = {"base", "instruction", "blind", "table"}
+    keys = {"base", "instruction-system", "blind", "table"}
     lines = {
         full_label(row): row["calibration"]
         for row in section["rows"]

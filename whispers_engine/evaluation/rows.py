@@ -9,9 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from whispers_engine.aggregate import Ballot, tally
+from whispers_engine.chat import Question
 
 from .cast import BASE, Cast, Team, deranged, expert_key
-from .compute import Computer, Job, instruction
+from .compute import Computer, Job, instructions
 from .data import Dataset, Item, Pairs
 from .metrics import Floats
 from .routing import Router, Weights
@@ -93,7 +94,7 @@ class Scores:
     def __init__(self, computer: Computer):
         self._computer = computer
 
-    def logprobs(self, prompt: str, options: tuple[str, ...], expert: str) -> NDArray[np.float32]:
+    def logprobs(self, prompt: Question, options: tuple[str, ...], expert: str) -> NDArray[np.float32]:
         return self._computer.store.logprobs(self._computer.key(Job("", prompt, options, ())), expert)
 
     def of(self, item: Item, expert: str) -> Floats:
@@ -131,8 +132,8 @@ class Scores:
         return len(self._computer.engine.chat.option(item.options[option]))
 
 
-def general_rows(scores: Scores, table: Table | None, cast: Cast) -> list[Row]:
-    """Rows that no committee takes part in."""
+def general_rows(scores: Scores, table: Table | None, cast: Cast, ways: Sequence[str]) -> list[Row]:
+    """Rows that no committee takes part in; `ways` of telling the base whom to answer as."""
 
     def uniform(item: Item, culture: str) -> Outcome:
         return Outcome(np.full(len(item.options), 1 / len(item.options)))
@@ -140,15 +141,18 @@ def general_rows(scores: Scores, table: Table | None, cast: Cast) -> list[Row]:
     def base(item: Item, culture: str) -> Outcome:
         return Outcome(scores.of(item, BASE))
 
-    def instructed(item: Item, culture: str) -> Outcome:
-        return Outcome(softmax(scores.logprobs(instruction(culture, item.prompt), item.options, BASE)))
+    def instructed(key: str) -> Answering:
+        return lambda item, culture: Outcome(
+            softmax(scores.logprobs(instructions(culture, item.prompt)[key], item.options, BASE))
+        )
 
     def others(item: Item, culture: str) -> Outcome | None:
         rest = [shares for name, shares in item.targets.items() if name != culture]
         return Outcome(np.mean(rest, axis=0)) if rest else None
 
     rows = [Row("uniform", "uniform", uniform), Row("base", "base", base)]
-    rows.append(Row("instruction", "base, told in words", instructed))
+    labels = {"instruction": "base, told in words", "instruction-system": "base, told by system"}
+    rows += [Row(key, labels[key], instructed(key)) for key in ways]
     if table is not None:
         rows.append(
             Row(

@@ -12,7 +12,7 @@ from whispers_engine.experts import Expert
 
 from .bootstrap import RESAMPLES, Resampler
 from .cast import BASE, Cast, Team, expert_key
-from .compute import Computer, Job, Progress, instruction, profile_of
+from .compute import Computer, Job, Progress, instructions, profile_of, ways_to_tell
 from .curves import curves_of
 from .data import FORMS, Asked, Dataset
 from .figures import Section
@@ -66,11 +66,13 @@ class Evaluation:
         self._settings = settings
         self._routers = {team.label: Router(team, computer, settings.top_k) for team in cast.teams if team.known}
         self._layers = tuple(sorted({router.router.layer for router in self._routers.values()}))
+        self._ways = ways_to_tell(computer.engine)
         self._told = [
-            Job(dataset.source.where(item.record), instruction(culture, item.prompt), item.options, (BASE,))
+            Job(dataset.source.where(item.record), instructions(culture, item.prompt)[way], item.options, (BASE,))
             for culture in dataset.cultures
             for item in dataset.items
             if culture in item.targets
+            for way in self._ways
         ]
 
     # --- computing -------------------------------------------------------------------------------------------------------------
@@ -94,9 +96,9 @@ class Evaluation:
     def _always(self) -> tuple[str, ...]:
         return (BASE, *([expert_key(self._cast.blind)] if self._cast.blind is not None else []))
 
-    def _job(self, at: int, experts: Sequence[str], layers: tuple[int, ...] = ()) -> Job:
+    def _job(self, at: int, experts: Sequence[str]) -> Job:
         item = self._dataset.items[at]
-        return Job(self._dataset.source.where(item.record), item.prompt, item.options, tuple(experts), layers)
+        return Job(self._dataset.source.where(item.record), item.prompt, item.options, tuple(experts))
 
     def compute(self, progress: Progress) -> None:
         computer, dataset, profile = self._computer, self._dataset, self._settings.profile
@@ -178,7 +180,7 @@ class Evaluation:
 
     def _rows(self) -> list[Row]:
         scores = Scores(self._computer)
-        rows = general_rows(scores, self._table, self._cast)
+        rows = general_rows(scores, self._table, self._cast, self._ways)
         for team in self._cast.teams:
             router = self._routers.get(team.label)
             rows += team_rows(scores, team, router, self._dataset, self._settings.profile)
