@@ -17,6 +17,7 @@ import tests.engine.test_evaluation_rows as rows
 from tests.engine.conftest import Tiny, soft_prompt
 from tests.engine.test_cli import Whispers, row
 from tests.engine.test_evaluation_rows import RECORDS, members, save, write
+from tests.engine.test_router import random_router
 from whispers_engine import Engine
 from whispers_engine.records import read_records
 
@@ -229,6 +230,8 @@ def test_bad_arguments_are_refused(
     twice = save(tmp_path / "twice", llama, members(llama))
     meta = json.loads((twice / "andes" / "expert.json").read_text())
     (twice / "andes" / "expert.json").write_text(json.dumps({**meta, "culture": "Japan"}))
+    narrow = save(tmp_path / "narrow", llama, members(llama))
+    random_router(members(llama), 5).save(narrow)
     for extra, message in (
         (["--report", tmp_path / "no" / "where"], "--report"),
         (["--report", file], "accepted: a folder"),
@@ -240,6 +243,7 @@ def test_bad_arguments_are_refused(
         (["--blind", committee], "4 experts; accepted: a committee of one"),
         (["--committee", twice], "nippon and andes both speak for 'Japan'"),
         (["--train", tmp_path / "none.jsonl"], "none.jsonl: cannot be read"),
+        (["--committee", narrow], "router: reads layer 2 of width 5"),
     ):
         ran = whispers("eval", source, "--committee", committee, *extra)
         assert ran.status == 1 and message in ran.err, (extra, ran)

@@ -84,6 +84,9 @@ class Cast:
                 f"the committee was made for the base {self.base_name} ({self.fingerprint}); {engine.model_name} is "
                 f"{engine.fingerprint}"
             )
+        for team in self.teams:
+            engine.router = team.router  # refused where it reads another base's hidden states
+        engine.router = None  # whom to ask is decided outside
         everyone = [expert for team in self.teams for expert in team.experts.values()]
         names = {BASE: BASE}
         for expert in [*everyone, *([self.blind] if self.blind is not None else [])]:
