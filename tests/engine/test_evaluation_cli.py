@@ -87,6 +87,22 @@ def test_what_it_shows(whispers: Whispers, everything: list[object]) -> None:
     assert "cultures left out, without an expert: Chad" in ran.out
 
 
+def test_by_part(whispers: Whispers, everything: list[object], source: Path) -> None:
+    records = [{**record, "topic": "food" if at == 0 else "talk"} for at, record in enumerate(RECORDS[:2])]
+    write(source, [*records, *RECORDS[2:]])
+    ran = whispers(*everything, "--by", "topic")
+    assert ran.status == 0 and "by topic, pooled" in ran.out and "other, n = 1" in ran.out
+    found = json.loads((source.with_name("dev.eval") / "report.json").read_text())
+    rows = {row["row"]: row for row in found["metrics"]["similarity"]["rows"]}
+    parts = rows["base"]["parts"]
+    assert {name: one["n"] for name, one in parts.items()} == {"food": 2, "talk": 0, "other": 1}
+    whole = rows["base"]["pooled"]["mean"]
+    assert (2 * parts["food"]["mean"] + parts["other"]["mean"]) / 3 == pytest.approx(whole, abs=1e-5)
+    assert "food, n = 2" in (source.with_name("dev.eval") / "report.html").read_text()
+    ran = whispers(*everything, "--by", "colour")
+    assert ran.status == 1 and "no record has a text called 'colour'" in ran.err
+
+
 def test_a_rerun_computes_nothing_and_says_the_same(
     whispers: Whispers, everything: list[object], source: Path, computed: list[str]
 ) -> None:

@@ -47,6 +47,9 @@ def evaluate(
     cultures: Annotated[
         str | None, typer.Option("--cultures", help="Names, with commas between. Default: all with an expert.")
     ] = None,
+    by: Annotated[
+        str | None, typer.Option("--by", help="A key of the records, such as topic: figures for each of its texts too.")
+    ] = None,
     alias: Annotated[
         list[str] | None, typer.Option("--alias", help="DATA=EXPERT: a culture's name in the data, and its expert's.")
     ] = None,
@@ -85,7 +88,7 @@ def evaluate(
     asked = [] if questions is None else read_asked(questions, aliases, neutral=False)
     asked += [] if neutral is None else read_asked(neutral, aliases, neutral=True)
     cast = read_cast(committee or [], blind)
-    dataset = make_dataset(source, _chosen(cultures, cast.cultures), aliases)
+    dataset = make_dataset(source, _chosen(cultures, cast.cultures), aliases, by)
     learned = None if train is None else make_dataset(read_records(train), None, aliases)
 
     engine = load_engine(model or cast.base_name, None, device=device, dtype=dtype, impl=impl)
@@ -112,7 +115,7 @@ def evaluate(
     if json:
         print_json({**found, "report": str(folder), "seconds": time.perf_counter() - started})
     else:
-        _show(found, folder)
+        _show(found, folder, by)
 
 
 def _pairs(alias: list[str] | None) -> dict[str, str]:
@@ -152,7 +155,7 @@ def _run(evaluation: Evaluation) -> None:
         evaluation.compute(lambda what, units: bar.update(task, description=what, advance=units))
 
 
-def _show(found: Mapping[str, Any], folder: Path) -> None:
+def _show(found: Mapping[str, Any], folder: Path, by: str | None) -> None:
     from whispers_engine.evaluation.view import full_label, gap_to, number, reference_row, with_interval
 
     for one in found["committees"]:
@@ -181,6 +184,8 @@ def _show(found: Mapping[str, Any], folder: Path) -> None:
             mean = with_interval(row["macro"])
             table.add_row(row["label"], str(row["pooled"]["n"]), mean, skill, with_interval(gap, signed=True))
         out.print(table)
+        if by is not None:
+            _show_parts(by, section)
     for committee, routing in found["routing"].items():
         _show_routing(committee, routing)
     times = ", ".join(f"{one['who']} {one['median_ms']:.0f} ms" for one in found["latency"])
@@ -188,6 +193,19 @@ def _show(found: Mapping[str, Any], folder: Path) -> None:
     if found["left_out"]:
         out.print(f"cultures left out, without an expert: {', '.join(found['left_out'])}", style="dim", soft_wrap=True)
     out.print(f"{folder / PAGE}, {folder / REPORT}", style="dim", soft_wrap=True)
+
+
+def _show_parts(by: str, section: Mapping[str, Any]) -> None:
+    from whispers_engine.evaluation.view import full_label, with_interval
+
+    names = [name for name, one in section["rows"][0]["parts"].items() if one["n"]]
+    table = Table(title=f"by {by}, pooled", title_justify="left", title_style="bold")
+    table.add_column("row")
+    for name in names:
+        table.add_column(f"{name}, n = {section['rows'][0]['parts'][name]['n']}", justify="right")
+    for row in section["rows"]:
+        table.add_row(full_label(row), *(with_interval(row["parts"][name]) for name in names))
+    out.print(table)
 
 
 def _show_routing(committee: str, routing: Mapping[str, Any]) -> None:

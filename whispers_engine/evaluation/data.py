@@ -33,6 +33,7 @@ class Item:
         prompt, options: what is asked and what is scored.
         targets: every culture's shares, float64 `[options]`, summing to one; 1 at its answer.
         names: what of the culture the question names ("country", "city"), where the record says so.
+        part: of the file, under `--by`; "other" for a record that does not say.
     """
 
     record: Record
@@ -42,6 +43,7 @@ class Item:
     options: tuple[str, ...]
     targets: Mapping[str, Floats]
     names: str | None = None
+    part: str = "other"
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,6 +83,11 @@ class Dataset:
     left_out: Mapping[str, int]
 
     @property
+    def parts(self) -> list[str]:
+        """In their order of appearance."""
+        return list(dict.fromkeys(item.part for item in self.items))
+
+    @property
     def clusters(self) -> int:
         return max((item.cluster for item in self.items), default=-1) + 1
 
@@ -110,12 +117,15 @@ class Dataset:
         )
 
 
-def make_dataset(source: RecordFile, cultures: Sequence[str] | None, aliases: Aliases | None = None) -> Dataset:
+def make_dataset(
+    source: RecordFile, cultures: Sequence[str] | None, aliases: Aliases | None = None, by: str | None = None
+) -> Dataset:
     """Groups a file's records into questions.
 
     Args:
         cultures: whose answers are measured, where the file has them; None: everybody's.
         aliases: names in the file, and what they are to be called.
+        by: a key of the records, whose texts part the file.
 
     Raises:
         WhispersError: a record without options to choose from or whose answer is none of them, or a file in which none of the cultures
@@ -142,13 +152,19 @@ def make_dataset(source: RecordFile, cultures: Sequence[str] | None, aliases: Al
         asked = ", ".join(cultures or ()) or "none"
         raise WhispersError(f"{source.path}: has answers of {there}; accepted: of at least one of {asked}")
     names, facts = _more(source, "names"), _more(source, "fact")
+    parts = {} if by is None else _more(source, by)
+    if by is not None and not parts:
+        raise WhispersError(
+            f"{source.path}: no record has a text called {by!r}; accepted by --by: a key that some have"
+        )
     clusters, items = dict[str, int](), []
     for (form, question, _), lines in groups.items():
         for record, targets in lines:
             if any(name in targets for name in wanted):
                 cluster = clusters.setdefault(facts.get(record.line, question), len(clusters))
                 asked, options = prompt(record)
-                items.append(Item(record, form, cluster, asked, tuple(options), targets, names.get(record.line)))
+                more = (names.get(record.line), parts.get(record.line, "other"))
+                items.append(Item(record, form, cluster, asked, tuple(options), targets, *more))
     left_out = {name: counts[name] for name in sorted(counts) if name not in wanted}
     return Dataset(source, tuple(items), tuple(wanted), left_out)
 

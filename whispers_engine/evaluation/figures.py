@@ -79,6 +79,9 @@ class Section:
         whole = resampler.means(mine, pairs.cluster)
         each = resampler.means(mine, pairs.cluster, pairs.culture, len(names))
         guess = resampler.means(np.where(np.isfinite(mine), self._scores["uniform"], np.nan), pairs.cluster)
+        parts = self._dataset.parts
+        part = np.array([parts.index(self._dataset.items[at].part) for at in pairs.item.tolist()], dtype=np.int64)
+        of_part = resampler.means(mine, pairs.cluster, part, len(parts))
         of_guess = estimate(
             int(whole.n[0]), float(skill(whole.mean, guess.mean)[0]), skill(whole.draws, guess.draws)[:, 0]
         )
@@ -94,6 +97,7 @@ class Section:
             "macro": resampler.macro(each).to_dict(),
             "skill": of_guess.to_dict(),
             "cultures": {name: each.estimate(at).to_dict() for at, name in enumerate(names)},
+            "parts": {name: of_part.estimate(at).to_dict() for at, name in enumerate(parts)},
             "ece": finite(expected_calibration_error(bins)),
             "calibration": [vars(one) for one in bins],
             "asked": self._of_asked(answers),

@@ -27,6 +27,8 @@ def html(report: Mapping[str, Any]) -> str:
     for metric, section in report["metrics"].items():
         body += [f"<h2>{metric.capitalize()}</h2>", _rows_table(section), _image(rows_plot(section, metric), metric)]
         body += ["<h3>By culture</h3>", _cultures_table(report["cultures"], section)]
+        if len(section["rows"][0]["parts"]) > 1:
+            body += ["<h3>By part of the file, pooled</h3>", _parts_table(section)]
         for matrix in section["matrices"]:
             title = f"Culture by expert, {matrix['committee']}"
             body += [f"<h3>{escape(title)}</h3>", _image(matrix_plot(matrix, metric), title)]
@@ -112,6 +114,13 @@ def _cultures_table(cultures: Sequence[str], section: Mapping[str, Any]) -> str:
         if n:
             lines.append((culture, str(n), *(with_interval(row["cultures"][culture]) for row in rows)))
     return _table(("culture", "n", *(full_label(row) for row in rows)), lines)
+
+
+def _parts_table(section: Mapping[str, Any]) -> str:
+    names = [name for name, one in section["rows"][0]["parts"].items() if one["n"]]
+    sizes = [f"{name}, n = {section['rows'][0]['parts'][name]['n']}" for name in names]
+    lines = [(full_label(row), *(with_interval(row["parts"][name]) for name in names)) for row in section["rows"]]
+    return _table(("row", *sizes), lines)
 
 
 def _option_calibration(section: Mapping[str, Any], metric: str) -> str:
