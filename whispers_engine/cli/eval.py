@@ -93,12 +93,12 @@ def evaluate(
 
     engine = load_engine(model or cast.base_name, None, device=device, dtype=dtype, impl=impl)
     names = cast.engage(engine)
-    folder.mkdir(exist_ok=True)
     store = Store(folder / STORE, engine.fingerprint, str(engine.model.dtype).removeprefix("torch."))
     evaluation = Evaluation(
         Computer(engine, names, store), cast, dataset, learned, asked, Settings(top_k, profile, resamples, seed)
     )
     evaluation.check()
+    folder.mkdir(exist_ok=True)
     started = time.perf_counter()
     with store:
         try:
