@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -263,10 +263,32 @@ class Engine:
         """
         events: deque[Event] = deque()
         task = self._intake.task(Request(context, options, experts), events.append, score=True)
-        for event in _Stream(self._scheduler, task, events):
-            if isinstance(event, Scored):
-                return event.result
-        raise AssertionError("a score ended without a result")
+        return _Stream(self._scheduler, task, events).result()
+
+    def score_many(self, requests: Iterable[Request], ahead: int = 8) -> Iterator[ScoreResult]:
+        """Scores of many requests, in their order. Several run at once, so that short ones fill the steps together.
+
+        Args:
+            requests: each with options; taken as there is room for them, and refused only then.
+            ahead: how many run at once.
+
+        Raises:
+            WhispersError: a request that is refused. Those before it have been scored.
+        """
+        running: deque[_Stream] = deque()
+        try:
+            for request in requests:
+                events: deque[Event] = deque()
+                task = self._intake.task(request, events.append, score=True)
+                running.append(_Stream(self._scheduler, task, events))
+                running[-1].start()
+                if len(running) >= ahead:
+                    yield running.popleft().result()
+            while running:
+                yield running.popleft().result()
+        finally:
+            for stream in running:
+                stream.close()
 
     def submit(self, request: Request) -> int:
         """Queues a request and returns its id; `step` brings its events.
@@ -320,9 +342,7 @@ class _Stream(Iterator[Event]):
         if self._ended:
             raise StopIteration
         try:
-            if not self._started:
-                self._started = True
-                self._scheduler.add(self._task)
+            self.start()
             while not self._events:
                 self._scheduler.step()
             event = self._events.popleft()
@@ -334,6 +354,19 @@ class _Stream(Iterator[Event]):
         if isinstance(event, Done | Scored):
             self.close()
         return event
+
+    def start(self) -> None:
+        """Queues the task; a second call does nothing."""
+        if not self._started:
+            self._started = True
+            self._scheduler.add(self._task)
+
+    def result(self) -> ScoreResult:
+        """Of a task that scores: computes until it is done."""
+        for event in self:
+            if isinstance(event, Scored):
+                return event.result
+        raise AssertionError("a score ended without a result")
 
     def close(self) -> None:
         """Ends the task and gives its pages back; a second call does nothing."""

@@ -13,6 +13,7 @@ from whispers_engine.errors import WhispersError
 from . import bench, experts
 from .ask import ask
 from .common import JsonOption, out, print_json, pull_with_progress
+from .eval import evaluate
 from .score import score
 from .verify import verify
 
@@ -24,6 +25,7 @@ app = typer.Typer(
 )
 app.command()(ask)
 app.command()(score)
+app.command("eval")(evaluate)
 app.command()(verify)
 app.add_typer(experts.app, name="experts")
 app.add_typer(bench.app, name="bench")
