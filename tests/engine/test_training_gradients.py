@@ -46,7 +46,9 @@ def shares_of(generator: random.Random, count: int) -> list[float]:
 def ragged(tiny: Tiny, objectives: list[str]) -> list[Case]:
     """Three experts over contexts of several lengths, some shared by several of them, of one question twice, in one batch."""
     cases: list[Case] = []
-    for at, (context, header, experts) in enumerate([(9, 2, (0, 1, 2)), (1, 3, (2,)), (33, 1, (0, 0, 1)), (17, 4, (1, 2))]):
+    for at, (context, header, experts) in enumerate(
+        [(9, 2, (0, 1, 2)), (1, 3, (2,)), (33, 1, (0, 0, 1)), (17, 4, (1, 2))]
+    ):
         for nth, expert in enumerate(experts):
             objective = objectives[(at + nth) % len(objectives)]
             prompt, shares = make_prompt(tiny, objective, context, header, seed=100 * at)
@@ -141,7 +143,9 @@ def test_another_objective_or_placement_would_be_seen(llama: Tiny) -> None:
     prompt, shares = make_prompt(llama, "letters", 20, 3, seed=7)
     value = parameters(llama, "embeddings", "suffix", 5, experts=1)
     cases = [(Branch(0, prompt), shares)]
-    losses = {placement: ours(base, "embeddings", placement, value, cases) for placement in ("suffix", "detached", "prefix")}
+    losses = {
+        placement: ours(base, "embeddings", placement, value, cases) for placement in ("suffix", "detached", "prefix")
+    }
     losses["other shares"] = ours(base, "embeddings", "suffix", value, [(Branch(0, prompt), shares[::-1])])
     gradients = {name: torch.autograd.grad(loss, value)[0] for name, loss in losses.items()}
     names = list(losses)

@@ -46,9 +46,7 @@ def _logprobs(hf: Any, kind: str, placement: str, value: Tensor, context: list[i
     elif kind == "embeddings":
         embeds = torch.cat((value, text))[None]
         mask = _mask(len(value), at, len(tail))
-        logits = hf(
-            inputs_embeds=embeds, attention_mask=mask, position_ids=torch.arange(embeds.shape[1])[None]
-        ).logits
+        logits = hf(inputs_embeds=embeds, attention_mask=mask, position_ids=torch.arange(embeds.shape[1])[None]).logits
     else:
         m = value.shape[3]
         logits = hf(

@@ -14,6 +14,7 @@ from . import bench, experts
 from .ask import ask
 from .common import JsonOption, out, print_json, pull_with_progress
 from .score import score
+from .train import train
 from .verify import verify
 
 app = typer.Typer(
@@ -24,6 +25,7 @@ app = typer.Typer(
 )
 app.command()(ask)
 app.command()(score)
+app.command()(train)
 app.command()(verify)
 app.add_typer(experts.app, name="experts")
 app.add_typer(bench.app, name="bench")

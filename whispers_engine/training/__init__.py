@@ -1,0 +1,7 @@
+"""Training of soft prompts: all experts of a file at once, over contexts that are computed once (see docs/training.md)."""
+
+from .base import Base
+from .settings import Settings
+from .trainer import Progress, Trained, train
+
+__all__ = ["Base", "Progress", "Settings", "Trained", "train"]

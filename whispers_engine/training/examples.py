@@ -89,7 +89,8 @@ def build_cultures(
     encoder = _Encoder(source, chat, config, virtual_tokens, orders, seed)
     cultures = []
     for name, expert in chosen:
-        train, dev = [], []
+        train: list[Example] = []
+        dev: list[Example] = []
         for record, shares in found[name]:
             example = encoder.example(record, shares)
             (dev if _held_out(record.question, dev_share) else train).append(example)
@@ -153,7 +154,9 @@ def _chosen(source: RecordFile, cultures: list[str], wanted: Sequence[str] | Non
         try:
             check_name(name)
         except WhispersError as error:
-            raise WhispersError(f"{source.path}: the culture {culture!r} gives no name for an expert: {error}") from error
+            raise WhispersError(
+                f"{source.path}: the culture {culture!r} gives no name for an expert: {error}"
+            ) from error
         if name in taken:
             raise WhispersError(
                 f"{source.path}: the cultures {taken[name]!r} and {culture!r} would both be the expert {name!r}; accepted: "

@@ -38,7 +38,7 @@ class _RmsNorm(Function):
         return (wide * scale).to(x.dtype) * weight, total if residual is not None else x.new_empty(0)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, grad_total: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor, grad_total: Tensor) -> tuple[Tensor | None, ...]:
         total, scale, weight = ctx.saved_tensors
         normal = total.float() * scale
         wide = grad.float() * weight.float()
@@ -61,7 +61,7 @@ class _Rotate(Function):
         return _rotated(x, cos, sin)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
         return _rotated(grad, cos, -sin), None, None
 
@@ -85,7 +85,7 @@ class _SiluMul(Function):
         return F.silu(gate) * up
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         (gate_up,) = ctx.saved_tensors
         gate, up = (part.float() for part in gate_up.chunk(2, dim=-1))
         sigmoid, wide = gate.sigmoid(), grad.float()
@@ -120,9 +120,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, far: Sequence[Far],
 
 class _Attend(Function):
     @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, visible: Tensor, far: Sequence[Far], scale: float
-    ) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, visible: Tensor, far: Sequence[Far], scale: float) -> Tensor:
         near = _scores(q, k, visible, scale)  # float32 [Hkv, N, T g, S]
         wide = [torch.bmm(q[:, one.begin : one.end], one.k.mT).float() * scale for one in far]  # each [Hkv, rows, L]
         top = near.amax(-1, keepdim=True).flatten(1, 2)  # [Hkv, N T g, 1]
@@ -142,7 +140,7 @@ class _Attend(Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, visible, out, lse = ctx.saved_tensors
         heads, branches = k.shape[:2]
         delta = (grad.float() * out.float()).sum(-1, keepdim=True)  # [Hkv, N T g, 1]
@@ -195,6 +193,6 @@ class _LogNormalizer(Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (pull,) = ctx.saved_tensors
         return (grad[:, None] * pull.float()).to(pull.dtype), None

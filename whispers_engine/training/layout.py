@@ -1,4 +1,4 @@
-"""One batch of branches laid out as rows: which token or virtual token each row is, where it stands, what it sees, which rows are scored."""
+"""A batch of branches laid out as rows: which token or virtual token each row is, where it stands, what it sees, which are scored."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Branch(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """R rows, F of them the soft prompts in front, the others those of N branches of at most T rows; options are numbered over all branches.
+    """R rows: F of soft prompts in front, then those of N branches of at most T each. Options are numbered over all branches.
 
     A row of the batch is a row of `source` into (soft prompts `[E m]`, then the embeddings of `ids`).
     """
@@ -81,9 +81,7 @@ def lay_out(
     soft = experts * m if kind == "embeddings" else 0
     rows.source.extend(range(front))
     rows.position.extend(list(range(-m, 0)) * (front // m))
-    masks = []
-    for branch in branches:
-        masks.append(_place(rows, branch, placement, m, soft))
+    masks = [_place(rows, branch, placement, m, soft) for branch in branches]
     shape = len(branches), max(rows.lengths)
     grid, flat = _grid(rows.lengths, shape[1])
     contexts, begin = [], 0
