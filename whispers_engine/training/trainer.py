@@ -150,7 +150,6 @@ class _Run:
         }
 
     def result(self) -> Trained:
-        curves: dict[str, Any] = {}
         for number, (name, cultures, steps) in enumerate(self._phases):
             if number < self._state.phase:
                 continue
@@ -158,10 +157,11 @@ class _Run:
             if number + 1 < len(self._phases):
                 following = self._phases[number + 1][1]
                 spread = value.expand(len(following), *value.shape[1:]).clone()
-                notes = {**self._state.notes, name: self._state.notes.pop("phase")}
+                ended = self._state.notes.pop("phase")
+                notes = {**self._state.notes, name: ended}
                 self._state = State(self._state.key, number + 1, 0, {"value": spread}, notes)
                 self.save()
-        curves = self._state.notes
+        notes = self._state.notes
         experts = [
             Expert(
                 culture.expert,
@@ -170,11 +170,11 @@ class _Run:
                 self._settings.kind,
                 culture.name,
                 self._base.fingerprint,
-                self._record(index, culture, curves),
+                self._record(index, culture, notes),
             )
             for index, culture in enumerate(self._cultures)
         ]
-        return Trained(tuple(experts), self._summary(curves))
+        return Trained(tuple(experts), self._summary(notes))
 
     def _record(self, index: int, culture: Culture, notes: dict[str, Any]) -> dict[str, Any]:
         phase = notes["phase"]
