@@ -29,7 +29,7 @@ def forward(base: Base, layout: Layout, parameters: Tensor, contexts: Sequence[T
         contexts: of each of the layout's contexts, `[layers, 2, Hkv, L, D]`.
     """
     config, weights = base.config, base.weights
-    seats = _Seats(layout, config.q_heads, config.kv_heads, config.head_dim)
+    seats = _Seats(layout, config.q_heads, config.kv_heads, config.head_dim, base.dtype)
     learned = None
     text = F.embedding(layout.ids, weights.embeddings)
     if layout.source is None:
@@ -130,10 +130,15 @@ def _rotated_kv(base: Base, parameters: Tensor) -> Tensor:
     return torch.stack((turned, values), dim=1).permute(2, 1, 3, 0, 4, 5).to(base.dtype)
 
 
+def _hidden(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to scores: `[N, T, 1, S]` of bool `[N, T, S]`."""
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, -torch.inf)[:, :, None]
+
+
 class _Seats:
     """Brings rows into the shapes that attention wants, and back."""
 
-    def __init__(self, layout: Layout, q_heads: int, kv_heads: int, head_dim: int):
+    def __init__(self, layout: Layout, q_heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype):
         self._layout = layout
         self._kv_heads = kv_heads
         self._group = q_heads // kv_heads
@@ -141,8 +146,9 @@ class _Seats:
         m = layout.visible.shape[2] - layout.shape[1]
         self._fronts = layout.front // m if layout.front else 0
         if self._fronts:
-            causal = torch.ones(m, m, dtype=torch.bool, device=layout.ids.device).tril()
-            self._front_visible = causal.expand(self._fronts, m, m)
+            causal = torch.ones(1, m, m, dtype=torch.bool, device=layout.ids.device).tril()
+            self._front_hidden = _hidden(causal, dtype).expand(self._fronts, m, 1, m)
+        self._hidden = _hidden(layout.visible, dtype)
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, contexts: Sequence[Tensor], learned: tuple[Tensor, Tensor] | None
@@ -154,14 +160,14 @@ class _Seats:
             contexts: of each `[2, Hkv, L, D]`.
             learned: keys and values in front, `[Hkv, E, m, D]`; None: those of the batch's own first rows, if any.
         """
-        layout, scale = self._layout, self._dim**-0.5
+        layout = self._layout
         branches, rows = layout.shape
         parts = []
         if self._fronts:
             q0, k0, v0 = (part[: layout.front] for part in (q, k, v))
             q, k, v = (part[layout.front :] for part in (q, k, v))
             learned = self._keys(k0, self._fronts), self._keys(v0, self._fronts)
-            seen = attend(self._queries(q0, self._fronts), *learned, self._front_visible, (), scale)
+            seen = attend(self._queries(q0, self._fronts), *learned, self._front_hidden, ())
             parts.append(self._flat(seen, self._fronts, layout.front // self._fronts))
         if layout.grid is not None:
             q, k, v = (part[layout.grid.flatten()] for part in (q, k, v))
@@ -174,15 +180,14 @@ class _Seats:
             Far(kept[0], kept[1], first * tile, last * tile)
             for kept, (_, first, last) in zip(contexts, layout.contexts, strict=True)
         ]
-        seen = self._flat(
-            attend(self._queries(q, branches), near_k, near_v, layout.visible, far, scale), branches, rows
-        )
+        seen = self._flat(attend(self._queries(q, branches), near_k, near_v, self._hidden, far), branches, rows)
         parts.append(seen if layout.flat is None else seen[layout.flat])
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def _queries(self, q: Tensor, branches: int) -> Tensor:
-        """`[N T, Hq, D]` -> `[Hkv, N T g, D]`"""
-        return q.unflatten(1, (self._kv_heads, self._group)).transpose(0, 1).flatten(1, 2).contiguous()
+        """`[N T, Hq, D]` -> `[Hkv, N T g, D]`, scaled"""
+        grouped = q.unflatten(1, (self._kv_heads, self._group)).transpose(0, 1)
+        return (grouped * self._dim**-0.5).contiguous().flatten(1, 2)
 
     def _keys(self, k: Tensor, branches: int) -> Tensor:
         """`[N T, Hkv, D]` -> `[Hkv, N, T, D]`"""

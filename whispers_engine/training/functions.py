@@ -1,7 +1,7 @@
 """The decoder's operations with gradients for their inputs alone: the base is frozen, so none is ever computed for a weight.
 
-Each is an `autograd.Function` that keeps little (no attention weights, no logits of a vocabulary) and computes that again, or at once, for
-the way back. Sums, exponentials and normalisations are in float32 whatever the dtype of the values.
+Each is an `autograd.Function` that keeps little (no logits of a vocabulary, no large attention weights) and computes that again, or at
+once, for the way back. Sums, exponentials and normalisations are in float32 whatever the dtype of the values.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 _ROWS_AT_ONCE = 128  # whose logits over the whole vocabulary exist at one time
+_KEPT_BYTES = 16 << 20  # of a layer's attention weights; larger ones are computed again on the way back
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -87,11 +88,12 @@ class _SiluMul(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (gate_up,) = ctx.saved_tensors
-        gate, up = (part.float() for part in gate_up.chunk(2, dim=-1))
-        sigmoid, wide = gate.sigmoid(), grad.float()
-        silu = gate * sigmoid
-        slope = sigmoid + silu * (1 - sigmoid)  # of silu
-        return torch.cat((wide * up * slope, wide * silu), dim=-1).to(gate_up.dtype)
+        gate, up = gate_up.chunk(2, dim=-1)
+        back = torch.empty_like(gate_up)
+        back_gate, back_up = back.chunk(2, dim=-1)
+        torch.mul(grad, F.silu(gate), out=back_up)
+        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=back_gate)
+        return back
 
 
 class Far(NamedTuple):
@@ -103,72 +105,79 @@ class Far(NamedTuple):
     end: int
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, far: Sequence[Far], scale: float) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, far: Sequence[Far]) -> Tensor:
     """Attention of branches over their own keys and over the contexts that they share.
 
     Args:
-        q: `[Hkv, N T g, D]`: the queries of N branches of T rows and the g heads of a group.
+        q: `[Hkv, N T g, D]`, scaled: the queries of N branches of T rows and the g heads of a group.
         k, v: `[Hkv, N, S, D]`, the branches' own; they get gradients.
-        visible: bool `[N, T, S]`; every row sees at least one.
+        hidden: `[N, T, 1, S]` in q's dtype: -inf where a row does not see a key, else 0; every row sees at least one.
         far: contexts, each seen whole by consecutive query rows.
 
     Returns:
         As q. Softmax is over all that a row sees, own and far.
     """
-    return cast(Tensor, _Attend.apply(q, k, v, visible, far, scale))
+    return cast(Tensor, _Attend.apply(q, k, v, hidden, far))
 
 
 class _Attend(Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, visible: Tensor, far: Sequence[Far], scale: float) -> Tensor:
-        near = _scores(q, k, visible, scale)  # float32 [Hkv, N, T g, S]
-        wide = [torch.bmm(q[:, one.begin : one.end], one.k.mT).float() * scale for one in far]  # each [Hkv, rows, L]
-        top = near.amax(-1, keepdim=True).flatten(1, 2)  # [Hkv, N T g, 1]
-        for one, scores in zip(far, wide, strict=True):
-            part = top[:, one.begin : one.end]
-            torch.maximum(part, scores.amax(-1, keepdim=True), out=part)
-        near = near.sub_(top.view(*near.shape[:3], 1)).exp_()
-        total = near.sum(-1, keepdim=True).flatten(1, 2)
-        out = torch.matmul(near.to(v.dtype), v).flatten(1, 2).float()
-        for one, scores in zip(far, wide, strict=True):
-            scores = scores.sub_(top[:, one.begin : one.end]).exp_()
-            total[:, one.begin : one.end] += scores.sum(-1, keepdim=True)
-            out[:, one.begin : one.end] += torch.bmm(scores.to(v.dtype), one.v)
-        out = (out / total).to(q.dtype)
-        ctx.save_for_backward(q, k, v, visible, out, top + total.log())
-        ctx.far, ctx.scale = far, scale
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, far: Sequence[Far]) -> Tensor:
+        weights = _weights(q, k, hidden, far)
+        keys = k.shape[2]
+        out = torch.matmul(_apart(weights[..., :keys], k), v).flatten(1, 2)
+        for one in far:
+            seen = weights[:, one.begin : one.end, keys : keys + one.v.shape[1]]
+            out[:, one.begin : one.end].baddbmm_(seen, one.v)
+        kept = weights if weights.nbytes <= _KEPT_BYTES else None
+        ctx.save_for_backward(q, k, v, hidden, kept)
+        ctx.far = far
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, visible, out, lse = ctx.saved_tensors
-        heads, branches = k.shape[:2]
-        delta = (grad.float() * out.float()).sum(-1, keepdim=True)  # [Hkv, N T g, 1]
-
-        def apart(x: Tensor) -> Tensor:
-            return x.view(heads, branches, -1, x.shape[-1])  # [Hkv, N, T g, *]
-
-        weights = _scores(q, k, visible, ctx.scale).sub_(apart(lse)).exp_()
-        grad_v = torch.matmul(weights.to(v.dtype).mT, apart(grad))
-        slope = torch.matmul(apart(grad), v.mT).float().sub_(apart(delta)).mul_(weights).mul_(ctx.scale).to(q.dtype)
-        grad_k = torch.matmul(slope.mT, apart(q))
-        grad_q = torch.matmul(slope, k).flatten(1, 2)
+        q, k, v, hidden, weights = ctx.saved_tensors
+        keys = k.shape[2]
+        if weights is None:
+            weights = _weights(q, k, hidden, ctx.far)
+        slope = torch.zeros_like(weights) if _ragged(ctx.far) else torch.empty_like(weights)
+        slope[..., :keys] = torch.matmul(_apart(grad, k), v.mT).flatten(1, 2)
         for one in ctx.far:
-            rows = slice(one.begin, one.end)
-            weights = torch.bmm(q[:, rows], one.k.mT).float().mul_(ctx.scale).sub_(lse[:, rows]).exp_()
-            slope = torch.bmm(grad[:, rows], one.v.mT).float().sub_(delta[:, rows]).mul_(weights).mul_(ctx.scale)
-            grad_q[:, rows] += torch.bmm(slope.to(q.dtype), one.k)
-        return grad_q, grad_k, grad_v, None, None, None
+            rows, columns = slice(one.begin, one.end), slice(keys, keys + one.v.shape[1])
+            slope[:, rows, columns] = torch.bmm(grad[:, rows], one.v.mT)
+        slope = torch._softmax_backward_data(slope, weights, -1, weights.dtype)
+        near = _apart(slope[..., :keys], k)
+        grad_v = torch.matmul(_apart(weights[..., :keys], k).mT, _apart(grad, k))
+        grad_k = torch.matmul(near.mT, _apart(q, k))
+        grad_q = torch.matmul(near, k).flatten(1, 2)
+        for one in ctx.far:
+            rows, columns = slice(one.begin, one.end), slice(keys, keys + one.v.shape[1])
+            grad_q[:, rows].baddbmm_(slope[:, rows, columns], one.k)
+        return grad_q, grad_k, grad_v, None, None
 
 
-def _scores(q: Tensor, k: Tensor, visible: Tensor, scale: float) -> Tensor:
-    """Float32 `[Hkv, N, T g, S]`; what a row does not see is -inf."""
-    heads, branches, keys, dim = k.shape
-    rows = visible.shape[1]
-    scores = torch.matmul(q.view(heads, branches, -1, dim), k.mT).float().mul_(scale)
-    hidden = ~visible[:, :, None]  # [N, T, 1, S], over a group's heads
-    scores.view(heads, branches, rows, -1, keys).masked_fill_(hidden, float("-inf"))
-    return scores
+def _apart(x: Tensor, k: Tensor) -> Tensor:
+    """`[Hkv, N T g, *]` -> `[Hkv, N, T g, *]`"""
+    return x.unflatten(1, (k.shape[1], -1))
+
+
+def _ragged(far: Sequence[Far]) -> bool:
+    return len({one.k.shape[1] for one in far}) > 1
+
+
+def _weights(q: Tensor, k: Tensor, hidden: Tensor, far: Sequence[Far]) -> Tensor:
+    """What every row makes of its own keys, and behind those of its context's: `[Hkv, N T g, S + longest context]`, in q's dtype."""
+    heads, branches, keys, _ = k.shape
+    longest = max((one.k.shape[1] for one in far), default=0)
+    scores = q.new_empty(*q.shape[:2], keys + longest)
+    if _ragged(far):
+        scores[..., keys:] = -torch.inf
+    near = torch.matmul(_apart(q, k), k.mT)
+    near.view(heads, branches, hidden.shape[1], -1, keys).add_(hidden)
+    scores[..., :keys] = near.flatten(1, 2)
+    for one in far:
+        scores[:, one.begin : one.end, keys : keys + one.k.shape[1]] = torch.bmm(q[:, one.begin : one.end], one.k.mT)
+    return scores.softmax(-1)
 
 
 def log_normalizer(hidden: Tensor, head: Tensor) -> Tensor:
