@@ -15,6 +15,7 @@ from .. import engine as engines
 from ..chat import ChatEncoder, load_tokenizer
 from ..config import DTYPES, ModelConfig
 from ..errors import WhispersError
+from ..model import Model
 from ..weights import Checkpoint, Weights, load_weights
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ class Base:
 
     Attributes:
         name: as a committee names it.
+        model: the engine's decoder over the same weights, for contexts. On a CPU its kernels hold a packed copy.
         inverse: rotary angle per position, float32 `[head_dim / 2]`, on the device.
     """
 
@@ -37,6 +39,7 @@ class Base:
     config: ModelConfig
     weights: Weights
     chat: ChatEncoder
+    model: Model
     inverse: Tensor
 
     @property
@@ -66,7 +69,8 @@ class Base:
         name = str(Path(model).resolve() if Path(model).is_dir() else model)
         chat = ChatEncoder(load_tokenizer(folder), config.vocab_size)
         chosen = DTYPES[dtype] if dtype != "auto" else _auto_dtype(where, DTYPES[config.dtype])
-        return cls._of(name, checkpoint, config, chat, load_weights(checkpoint, config, chosen, where))
+        weights = load_weights(checkpoint, config, chosen, where)
+        return cls._of(name, checkpoint, config, chat, weights, Model(config, weights))
 
     @classmethod
     def of(cls, engine: Engine) -> Base:
@@ -80,12 +84,20 @@ class Base:
         config = engine.model.config
         checkpoint = Checkpoint(engines.base_folder(engine.model_name))
         weights = load_weights(checkpoint, config, engine.model.dtype, engine.model.device)
-        return cls._of(engine.model_name, checkpoint, config, engine.chat, weights)
+        return cls._of(engine.model_name, checkpoint, config, engine.chat, weights, engine.model)
 
     @classmethod
-    def _of(cls, name: str, checkpoint: Checkpoint, config: ModelConfig, chat: ChatEncoder, weights: Weights) -> Base:
+    def _of(
+        cls,
+        name: str,
+        checkpoint: Checkpoint,
+        config: ModelConfig,
+        chat: ChatEncoder,
+        weights: Weights,
+        model: Model,
+    ) -> Base:
         inverse = config.inverse_frequencies().to(weights.embeddings.device)
-        return cls(name, checkpoint.fingerprint(config), config, weights, chat, inverse)
+        return cls(name, checkpoint.fingerprint(config), config, weights, chat, model, inverse)
 
     def rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosine and sine of every position's rotary angles, float32 `[R, D/2]`; positions may be negative."""

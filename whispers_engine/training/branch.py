@@ -58,13 +58,6 @@ def forward(base: Base, layout: Layout, parameters: Tensor, contexts: Sequence[T
 
 
 @torch.no_grad()
-def prefill(base: Base, ids: Sequence[int]) -> Tensor:
-    """Keys and values of a context that starts at position 0, computed alone: `[layers, 2, Hkv, L, D]`."""
-    token_ids = torch.tensor(ids, dtype=torch.int64, device=base.device)
-    return run_alone(base, F.embedding(token_ids, base.weights.embeddings), 0)
-
-
-@torch.no_grad()
 def run_alone(base: Base, x: Tensor, begin: int) -> Tensor:
     """Keys and values, `[layers, 2, Hkv, L, D]`, of embeddings `[L, hidden]` whose first stands at position `begin`."""
     config, weights = base.config, base.weights

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .base import Base
-from .branch import prefill
+from .prefill import Prefill
 
 _ALIGN = 64  # bytes, as torch's own memory: kernels may sum in another order where data lies otherwise
 
@@ -31,6 +31,7 @@ class ContextStore:
 
     def __init__(self, base: Base, memory: int, folder: Path | None = None):
         self._base = base
+        self._prefill = Prefill(base.model)
         self._room = memory
         self._folder = folder
         self._kept: dict[tuple[int, ...], Tensor] = {}
@@ -50,7 +51,7 @@ class ContextStore:
             return self._kept[key]
         if key in self._placed:
             return self._read(len(key), self._placed[key]).to(self._base.device)
-        found = prefill(self._base, key)
+        found = self._prefill(key)
         self.computed += 1
         if found.nbytes <= self._room:
             self._room -= found.nbytes
