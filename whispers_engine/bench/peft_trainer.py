@@ -48,11 +48,10 @@ class PeftTrainer:
         logging.disable_progress_bar()
         logging.set_verbosity_error()
         base = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-        self.base = base
         config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=len(soft))
         self.model = get_peft_model(base, config)
-        self.weight = self.model.prompt_encoder["default"].embedding.weight
-        self.weight.data.copy_(soft)
+        encoder: Any = self.model.prompt_encoder
+        encoder["default"].embedding.weight.data.copy_(soft)
         ends: list[float] = []
 
         class Clock(TrainerCallback):

@@ -35,7 +35,7 @@ def check_gradient(
     loss = torch.stack([_loss(model, leaf, example, placement) for example in examples]).mean()
     (theirs,) = torch.autograd.grad(loss, leaf)
     cosine = float(torch.cosine_similarity(ours[0].cpu().flatten(), theirs.flatten(), dim=0))
-    mine, wanted = float(losses.mean()), float(loss)
+    mine, wanted = float(losses.mean()), float(loss.detach())
     ok = cosine >= _COSINE and abs(mine - wanted) <= 0.05 * max(1.0, wanted)
     return {"ok": ok, "cosine": cosine, "loss": mine, "transformers_loss": wanted}
 

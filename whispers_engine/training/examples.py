@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -134,7 +135,7 @@ def _answers(record: Record) -> Mapping[str, tuple[float, ...]]:
         return {culture: tuple(float(at == index) for at in every) for culture, index in record.answer.items()}
     assert isinstance(record, ShareRecord)
     # Shares sum to one within a tolerance; a loss wants them to sum to one.
-    return {culture: tuple(share / sum(shares) for share in shares) for culture, shares in record.dist.items()}
+    return {culture: tuple(share / math.fsum(shares) for share in shares) for culture, shares in record.dist.items()}
 
 
 def _chosen(source: RecordFile, cultures: list[str], wanted: Sequence[str] | None) -> list[tuple[str, str]]:
