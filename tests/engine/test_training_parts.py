@@ -27,6 +27,7 @@ from whispers_engine.training.optimizer import AdamW, rate_factor
 from whispers_engine.training.prompts import first_values, virtual_tokens
 from whispers_engine.training.sampler import Drawn, Sampler
 from whispers_engine.training.step import Stepper
+from whispers_engine.training.stopping import Watch
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +161,29 @@ def test_rates_rise_and_fall() -> None:
     assert factors["linear"][12] == pytest.approx(0.5) and factors["cosine"][12] == pytest.approx(0.5)
     assert factors["linear"][-1] == pytest.approx(1 / 16) and factors["none"][-1] == 1.0
     assert factors["cosine"][-1] == pytest.approx(0.5 - 0.5 * math.cos(math.pi / 16))
+
+
+def test_what_is_kept_is_the_latest_that_is_not_clearly_worse() -> None:
+    watch = Watch(patience=2)
+    looks = [
+        ([1.0, 2.0, 3.0], True),
+        ([1.5, 1.4, 3.0], True),  # the lowest mean
+        ([1.0, 2.1, 3.0], True),  # a little above on average: by less than the difference's standard error
+        ([1.6, 1.5, 3.1], False),  # above by little, but everywhere
+        ([1.5, 1.4, 3.0], True),
+        ([1.6, 1.5, 3.1], False),
+        ([1.6, 1.5, 3.1], False),
+    ]
+    for step, (losses, keep) in enumerate(looks):
+        assert watch.active
+        assert watch.look(step, losses) is keep, step
+    assert not watch.active and watch.step == 4 and watch.loss == pytest.approx(5.9 / 3)
+    again = Watch(patience=None, notes=watch.notes)
+    assert again.step == 4 and not again.look(7, [9.0, 9.0, 9.0]) and again.active  # without patience it never stops
+    one = Watch(patience=1)
+    assert one.look(0, [1.0]) and not one.look(1, [1.1]) and not one.active
+    nothing = Watch(patience=1)
+    assert nothing.look(0, []) and nothing.look(1, []) and nothing.active and nothing.loss is None
 
 
 # --- contexts --------------------------------------------------------------------------------------------------------------------

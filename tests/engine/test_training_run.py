@@ -119,23 +119,25 @@ def test_record_says_what_it_was_trained_on(base: Base, tmp_path: Path) -> None:
     assert not (tmp_path / "out.training").exists()
 
 
-def test_stops_who_no_longer_improves_and_keeps_the_best(base: Base, tmp_path: Path) -> None:
+def test_stops_who_gets_worse_and_keeps_what_was_not(base: Base, tmp_path: Path) -> None:
     """At an absurd rate what is held out gets worse."""
-    trained = run(
-        base, tmp_path, opinions(16), steps=200, rate=3.0, decay="none", warmup=0.0, dev_share=0.3,
-        evaluate_every=1, patience=3,
-    )  # fmt: skip
-    for expert, found in zip(trained.experts, trained.summary["experts"], strict=True):
+    how: dict[str, Any] = {
+        "steps": 200, "rate": 3.0, "decay": "none", "warmup": 0.0, "dev_share": 0.3, "evaluate_every": 1,
+    }  # fmt: skip
+    trained = run(base, tmp_path, opinions(16), patience=3, **how)
+    source = read_records(tmp_path / "data.jsonl")
+    patient = train(base, source, tmp_path / "patient", Settings(batch=4, virtual_tokens=4, patience=5, **how))
+    for index, (expert, found) in enumerate(zip(trained.experts, trained.summary["experts"], strict=True)):
         curve = [point["dev"] for point in expert.record["curve"]]
         assert found["steps"] == len(curve) < 200
-        assert found["best_step"] == 1 + curve.index(min(curve)) and found["dev_loss"] == min(curve)
-        assert found["steps"] - found["best_step"] == 3
-    other = train(
-        base, read_records(tmp_path / "data.jsonl"), tmp_path / "other",
-        Settings(steps=200, batch=4, virtual_tokens=4, rate=3.0, decay="none", warmup=0.0, dev_share=0.3, evaluate_every=1, patience=4),
-    )  # fmt: skip
-    for one, longer in zip(trained.summary["experts"], other.summary["experts"], strict=True):
-        assert longer["steps"] >= one["steps"] + 1  # patience is what stopped it
+        assert found["steps"] - found["kept_step"] == 3
+        assert found["dev_loss"] == curve[found["kept_step"] - 1] < min(curve[found["kept_step"] :])
+        assert patient.summary["experts"][index]["steps"] > found["steps"]  # patience is what stopped it
+        again = train(
+            base, source, tmp_path / f"again-{index}",
+            Settings(batch=4, virtual_tokens=4, patience=3, **{**how, "steps": found["kept_step"]}),
+        )  # fmt: skip
+        assert again.experts[index].embeddings.equal(expert.embeddings)  # what is written are the weights of that step
 
 
 def test_shared_prompt_is_where_all_start(base: Base, tmp_path: Path) -> None:

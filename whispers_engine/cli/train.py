@@ -54,7 +54,8 @@ def train(
         int | None, typer.Option("--evaluate-every", help="Steps between looks at those. Default: a tenth of all.")
     ] = None,
     patience: Annotated[
-        int, typer.Option("--patience", help="Looks without improvement after which an expert stops; 0: none stops.")
+        int,
+        typer.Option("--patience", help="Looks in a row, clearly worse, after which an expert stops; 0: none stops."),
     ] = 4,
     permute_options: Annotated[
         int, typer.Option("--permute-options", help="In how many orders listed options are asked.")
@@ -136,11 +137,11 @@ def train(
 
 def _show(target: Path, found: dict[str, Any]) -> None:
     table = Table(title=f"{target}: {len(found['experts'])} experts, {found['placement']}", title_justify="left")
-    for column in ("name", "examples", "held out", "steps", "best", "first loss", "last loss", "held out loss"):
+    for column in ("name", "examples", "held out", "steps", "kept", "first loss", "last loss", "held out loss"):
         table.add_column(column, justify="left" if column == "name" else "right")
     for expert in found["experts"]:
         losses = [expert["first_loss"], expert["last_loss"], expert["dev_loss"]]
-        counts = [str(expert[key]) for key in ("train", "dev", "steps", "best_step")]
+        counts = [str(expert[key]) for key in ("train", "dev", "steps", "kept_step")]
         table.add_row(expert["name"], *counts, *("" if loss is None else f"{loss:.4f}" for loss in losses))
     out.print(table)
     out.print(

@@ -33,7 +33,7 @@ class Settings:
         weight_decay: decoupled, as AdamW's.
         dev_share: the share of the questions that is held out to stop by.
         evaluate_every: steps between looks at what is held out; None: a tenth of the steps.
-        patience: looks without improvement after which an expert stops; None: none stops. Either way the best weights are kept.
+        patience: looks in a row that were clearly worse (see `Watch`) after which an expert stops; None: none stops.
         orders: in how many orders listed options are asked; 1: as the record lists them.
         seed: of the examples' order, of option orders and of "vocab".
         checkpoint_seconds: how often, at most, a checkpoint is written.

@@ -31,6 +31,7 @@ class Stepper:
         self._placement = placement
         self._kind = kind
         self._m = m
+        self.device = base.device
         self._rows = rows_at_once or _ROWS_AT_ONCE[base.device.type]
 
     def losses(self, value: Tensor, drawn: Sequence[Drawn]) -> Tensor:

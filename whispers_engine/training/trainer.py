@@ -6,13 +6,12 @@ import dataclasses
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from ..errors import WhispersError
 from ..experts import Committee, Expert
@@ -23,9 +22,8 @@ from .base import Base
 from .checkpoint import State
 from .contexts import ContextStore
 from .examples import Culture, build_cultures, pooled
-from .optimizer import AdamW, rate_factor
+from .phase import Phase, Progress
 from .prompts import first_values, virtual_tokens
-from .sampler import Drawn, Sampler
 from .settings import Settings
 from .step import Stepper
 
@@ -34,18 +32,6 @@ if TYPE_CHECKING:
 
 # Settings that change how a result is computed, not which.
 _FREE = ("checkpoint_seconds", "context_memory", "licence")
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a run is, told after every step."""
-
-    phase: str  # "shared" or "experts"
-    step: int  # of this phase, from 1
-    steps: int
-    loss: float  # mean over the step's examples
-    dev: float | None  # mean over the experts, at the latest look
-    active: int  # experts that have not stopped
 
 
 @dataclass(frozen=True)
@@ -118,7 +104,7 @@ class _Run:
         memory = _context_memory(base.device) if settings.context_memory is None else settings.context_memory
         self._store = ContextStore(base, memory, self.folder)
         self._stepper = Stepper(base, self._store, settings.placement, settings.kind, self._m, settings.rows_at_once)
-        self._saved = self._begun = time.monotonic()
+        self._begun = time.monotonic()
         self._seconds = float(self._state.notes.get("seconds", 0.0))
 
     def _build(self, m: int) -> list[Culture]:
@@ -153,7 +139,8 @@ class _Run:
         for number, (name, cultures, steps) in enumerate(self._phases):
             if number < self._state.phase:
                 continue
-            value = _Phase(self, name, cultures, steps).run()
+            phase = Phase(name, cultures, steps, self._settings, self._stepper, self._state, self.save, self._progress)
+            value = phase.run()
             if number + 1 < len(self._phases):
                 following = self._phases[number + 1][1]
                 spread = value.expand(len(following), *value.shape[1:]).clone()
@@ -183,8 +170,8 @@ class _Run:
             "examples": {"train": len(culture.train), "dev": len(culture.dev)},
             "settings": {**self._key(), "virtual_tokens": self._m},
             "steps": phase["taken"][index],
-            "best_step": phase["best_step"][index],
-            "dev_loss": phase["best"][index],
+            "kept_step": phase["watches"][index]["step"],
+            "dev_loss": phase["watches"][index]["loss"],
             "curve": phase["curves"][index],
             **({"shared_curve": notes["shared"]["curves"][0]} if "shared" in notes else {}),
         }
@@ -198,10 +185,10 @@ class _Run:
                 "train": len(culture.train),
                 "dev": len(culture.dev),
                 "steps": phase["taken"][index],
-                "best_step": phase["best_step"][index],
+                "kept_step": phase["watches"][index]["step"],
                 "first_loss": phase["curves"][index][0]["train"],
                 "last_loss": phase["curves"][index][-1]["train"],
-                "dev_loss": phase["best"][index],
+                "dev_loss": phase["watches"][index]["loss"],
             }
             for index, culture in enumerate(self._cultures)
         ]
@@ -227,113 +214,6 @@ class _Run:
     def save(self) -> None:
         self._state.notes["seconds"] = self.seconds
         checkpoint.save(self.folder, self._state)
-        self._saved = time.monotonic()
-
-
-class _Phase:
-    """Steps over one set of soft prompts. All that it knows between two steps is in the run's state."""
-
-    def __init__(self, run: _Run, name: str, cultures: Sequence[Culture], steps: int):
-        self._run = run
-        self._name = name
-        self._cultures = cultures
-        self._steps = steps
-        settings, state, device = run._settings, run._state, run._base.device
-        self._every = settings.evaluate_every or max(1, steps // 10)
-        value = state.tensors["value"].to(device)
-        self._optimizer = AdamW(value, settings.weight_decay, settings.clip)
-        if "first" in state.tensors:
-            self._optimizer.first, self._optimizer.second = (
-                state.tensors[key].to(device) for key in ("first", "second")
-            )
-        self._best = state.tensors["best"].to(device) if "best" in state.tensors else value.clone()
-        count = len(cultures)
-        self._notes: dict[str, Any] = state.notes.setdefault(
-            "phase",
-            {
-                "best": [None] * count,
-                "best_step": [0] * count,
-                "bad": [0] * count,
-                "active": [True] * count,
-                "taken": [0] * count,
-                "curves": [[] for _ in range(count)],
-                "sums": [0.0] * count,  # of losses since the latest look
-                "counts": [0] * count,
-                "examples": 0,
-            },
-        )
-        self._sampler = Sampler([culture.train for culture in cultures], settings.batch, settings.seed)
-        self._sampler.skip(state.step)
-        self._dev = [
-            Drawn(expert, example.prompts[0], example.shares[0])
-            for expert, culture in enumerate(cultures)
-            for example in culture.dev
-        ]
-        self._dev.sort(key=lambda drawn: (drawn.prompt.context, drawn.expert))
-
-    def run(self) -> Tensor:
-        """Takes the steps that are left; returns the best soft prompts."""
-        run, notes = self._run, self._notes
-        settings, state = run._settings, run._state
-        dev: float | None = None
-        while state.step < self._steps and any(notes["active"]):
-            step = state.step
-            drawn = self._sampler.next(notes["active"])
-            losses, gradient = run._stepper.gradient(self._optimizer.value, drawn)
-            rate = settings.rate * rate_factor(step, self._steps, settings.warmup, settings.decay)
-            active = torch.tensor(notes["active"], device=gradient.device)
-            self._optimizer.step(gradient, rate, step, active)
-            for one, loss in zip(drawn, losses.tolist(), strict=True):
-                notes["sums"][one.expert] += loss
-                notes["counts"][one.expert] += 1
-            notes["examples"] += len(drawn)
-            notes["taken"] = [taken + on for taken, on in zip(notes["taken"], notes["active"], strict=True)]
-            state.step += 1
-            if state.step % self._every == 0 or state.step == self._steps:
-                dev = self._look()
-            if run._progress is not None:
-                mean = float(losses.mean())
-                run._progress(Progress(self._name, state.step, self._steps, mean, dev, sum(notes["active"])))
-            if time.monotonic() - run._saved >= settings.checkpoint_seconds:
-                self._keep()
-        self._keep()
-        return self._best
-
-    def _look(self) -> float | None:
-        """Notes the losses, on what is held out too; keeps the best soft prompts and stops who no longer improves."""
-        run, notes, value = self._run, self._notes, self._optimizer.value
-        drawn = [one for one in self._dev if notes["active"][one.expert]]
-        sums = torch.zeros(len(self._cultures), dtype=torch.float64)
-        if drawn:
-            losses = run._stepper.losses(value, drawn).double()
-            sums.index_add_(0, torch.tensor([one.expert for one in drawn]), losses)
-        for expert, culture in enumerate(self._cultures):
-            if not notes["active"][expert]:
-                continue
-            loss = float(sums[expert]) / len(culture.dev) if culture.dev else None
-            mean = notes["sums"][expert] / max(1, notes["counts"][expert])
-            notes["curves"][expert].append({"step": run._state.step, "train": mean, "dev": loss})
-            notes["sums"][expert], notes["counts"][expert] = 0.0, 0
-            best = notes["best"][expert]
-            if loss is None or best is None or loss < best:
-                notes["best"][expert], notes["best_step"][expert], notes["bad"][expert] = loss, run._state.step, 0
-                self._best[expert] = value[expert]
-            else:
-                notes["bad"][expert] += 1
-                patience = run._settings.patience
-                notes["active"][expert] = patience is None or notes["bad"][expert] < patience
-        known = [curve[-1]["dev"] for curve in notes["curves"] if curve and curve[-1]["dev"] is not None]
-        return sum(known) / len(known) if known else None
-
-    def _keep(self) -> None:
-        state, optimizer = self._run._state, self._optimizer
-        state.tensors = {
-            "value": optimizer.value,
-            "first": optimizer.first,
-            "second": optimizer.second,
-            "best": self._best,
-        }
-        self._run.save()
 
 
 def _context_memory(device: torch.device) -> int:
