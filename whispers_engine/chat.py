@@ -121,6 +121,25 @@ class ChatEncoder:
         """A text's tokens, without special ones. Raises WhispersError where the base has no embedding for one."""
         return self.ids(repr(text), self.tokenizer.encode(text, add_special_tokens=False))
 
+    def end_of_turn(self, eos_ids: Sequence[int]) -> int:
+        """The token that ends the assistant's turn: the first one that the template writes after its words, of those that end a generation.
+
+        Args:
+            eos_ids: what ends a generation of this base; the first of them where the template tells nothing.
+
+        Raises:
+            WhispersError: no such ids.
+        """
+        if not eos_ids:
+            raise WhispersError("answer: this base names no token that ends an answer; accepted: one with eos_token_id")
+        if self.tokenizer.chat_template:
+            turns = [{"role": "user", "content": _MARK}, {"role": "assistant", "content": _MARK}]
+            after = self._text(turns, add_generation_prompt=False).rpartition(_MARK)[2]
+            for token in self._encode(after).ids:
+                if token in eos_ids:
+                    return int(token)
+        return eos_ids[0]
+
     def ids(self, name: str, ids: Any) -> list[int]:
         """Checks token ids."""
         if isinstance(ids, str) or not isinstance(ids, Sequence):

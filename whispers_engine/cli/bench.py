@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from . import bench_base
+from . import bench_base, bench_train
 from .bench_common import (
     DtypeOption,
     PeersOption,
@@ -27,6 +27,7 @@ from .common import DeviceOption, ImplOption, JsonOption, err, out, print_json
 app = typer.Typer(no_args_is_help=True, help="Measure, always beside what a user would otherwise run.")
 app.command()(bench_base.decode)
 app.command()(bench_base.prefill)
+app.command()(bench_train.train)
 
 
 @app.command()

@@ -15,6 +15,7 @@ from .ask import ask
 from .common import JsonOption, out, print_json, pull_with_progress
 from .eval import evaluate
 from .score import score
+from .train import train
 from .verify import verify
 
 app = typer.Typer(
@@ -25,6 +26,7 @@ app = typer.Typer(
 )
 app.command()(ask)
 app.command()(score)
+app.command()(train)
 app.command("eval")(evaluate)
 app.command()(verify)
 app.add_typer(experts.app, name="experts")
