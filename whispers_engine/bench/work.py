@@ -13,7 +13,7 @@ class Work:
 
     Attributes:
         item: bytes a number: of keys, values and norms.
-        matrix_item: bytes a weight of the matrices; 1 under int8.
+        matrix_item: bytes a weight of the layers' matrices; 1 under int8, which leaves the head as it is.
     """
 
     config: ModelConfig
@@ -36,7 +36,7 @@ class Work:
         """Bytes of all weights that a step reads whole: every matrix, the head, the norms."""
         c = self.config
         norms = (2 * c.num_layers + 1) * c.hidden_size
-        return (c.num_layers * self._layer + self._head) * self.matrix_item + norms * self.item
+        return c.num_layers * self._layer * self.matrix_item + (self._head + norms) * self.item
 
     @property
     def stored(self) -> int:
