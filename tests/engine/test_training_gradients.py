@@ -154,3 +154,18 @@ def test_another_objective_or_placement_would_be_seen(llama: Tiny) -> None:
             assert (losses[one] - losses[other]).abs() > 100 * TOLERANCE
             difference = (gradients[one] - gradients[other]).abs().max() / gradients[one].abs().max()
             assert difference > 100 * TOLERANCE
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(("kind", "placement"), CASES)
+def test_gradients_on_a_gpu_are_the_cpus(tiny: Tiny, kind: str, placement: str) -> None:
+    cases = ragged(tiny, ["letters", "options", "answer"])
+    found = []
+    for device in ("cpu", "cuda"):
+        base = Base.load(tiny.folder, device, "float32")
+        value = parameters(tiny, kind, placement, 5).detach().to(device).requires_grad_()
+        losses = ours(base, kind, placement, value, cases)
+        found.append((losses.detach().cpu(), torch.autograd.grad(losses.sum(), value)[0].cpu()))
+    (loss, gradient), (other_loss, other) = found
+    torch.testing.assert_close(other_loss, loss, atol=1e-3, rtol=1e-3)
+    assert (other - gradient).abs().max() / gradient.abs().max() < 1e-3

@@ -171,7 +171,8 @@ def _show(report: dict[str, Any]) -> None:
     for expert in described:
         table = Table(title=expert["name"], title_justify="left", title_style="bold", show_header=False)
         rows = {key: value for key, value in expert.items() if key not in ("token_norms", "nearest")}
-        rows["record"] = ", ".join(f"{key}: {value}" for key, value in expert["record"].items())
+        # Curves are for --json: hundreds of numbers.
+        rows["record"] = ", ".join(f"{key}: {value}" for key, value in expert["record"].items() if "curve" not in key)
         rows["norms"] = ", ".join(f"{key} {value:.3f}" for key, value in expert["norms"].items())
         if expert["kind"] == "embeddings":
             rows["norms"] += f"; the base's tokens {report['base']['norm']:.3f}"

@@ -194,10 +194,12 @@ class _LogNormalizer(Function):
         total = torch.empty(len(hidden), device=hidden.device)
         pull = torch.empty_like(hidden)
         for rows in torch.arange(len(hidden), device=hidden.device).split(_ROWS_AT_ONCE):
-            logits = F.linear(hidden[rows], head)
-            total[rows] = logits.float().logsumexp(-1)
+            weights = F.linear(hidden[rows], head).float()
+            top = weights.amax(-1, keepdim=True)
+            scale = weights.sub_(top).exp_().sum(-1, keepdim=True)
+            total[rows] = (top + scale.log())[:, 0]
             if ctx.needs_input_grad[0]:
-                pull[rows] = torch.mm((logits.float() - total[rows, None]).exp_().to(head.dtype), head)
+                pull[rows] = (torch.mm(weights.to(head.dtype), head).float() / scale).to(pull.dtype)
         ctx.save_for_backward(pull)
         return total
 

@@ -24,7 +24,7 @@ from .contexts import ContextStore
 from .examples import Culture, build_cultures, pooled
 from .phase import Phase, Progress
 from .prompts import first_values, virtual_tokens
-from .settings import Settings
+from .settings import INITS, VIRTUAL_TOKENS, Settings
 from .step import Stepper
 
 if TYPE_CHECKING:
@@ -88,9 +88,8 @@ class _Run:
         self._source = source
         self._settings = settings
         self._progress = progress
-        known = (
-            settings.virtual_tokens or 1
-        )  # a folder to start from may say more; what is refused now is refused early
+        # A folder to start from says m itself, but which of its experts are meant is known only once the cultures are.
+        known = settings.virtual_tokens or (VIRTUAL_TOKENS if str(settings.init) in INITS else 1)
         self._cultures = self._build(known)
         self._m = virtual_tokens(base, self._cultures, settings)
         if self._m != known:
