@@ -1,7 +1,8 @@
-"""Makes routers from examples: questions with the culture that they concern."""
+"""Makes routers from examples: questions with the culture that they concern. The token kind's own training is in `router_tokens`."""
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,9 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits
 
 from .errors import WhispersError
-from .router import KINDS, Router, profile_text
+from .records import RecordFile, prompt
+from .router import KINDS, MeanRouter, Router, TokenRouter, profile_text
+from .router_tokens import Tokens, calibrate, folds, learn, ticks, unstandardised
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -23,29 +27,37 @@ RIDGE = 4.0  # times the number of examples: with 576 standardised features and 
 GATE_RIDGE = 1.0
 CONFIDENCE = 0.2
 _FOLDS = 4
+_AT_ONCE = 16  # questions that are read together, for the progress
 _TEMPERATURES = torch.logspace(-2.5, 1, 36, dtype=torch.float64).tolist()
 
 
 @dataclass(frozen=True)
 class Example:
-    """A question, and the culture that it concerns: an expert's, `ANY`, or None where culture is not at stake."""
+    """A question, and the culture that it concerns: an expert's, `ANY`, or None where culture is not at stake.
+
+    `place` is the name that tells, where it is not the culture's own: what is held out holds names that the rest does not.
+    """
 
     question: str
     culture: str | None
+    place: str | None = None
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """A router, and how often it names the right expert first, or among its first three, for an example that it has not seen."""
+    """A router, and how often it names the right expert first, or among its first three, for an example that was held out; and how surely
+    its gate tells what was held out apart (None: not measured, or no gate)."""
 
     router: Router
     examples: int
     top1: float
     top3: float
+    gate_auroc: float | None = None
 
 
 def read_examples(path: str | Path) -> list[Example]:
-    """Reads examples, one JSON object a line: `{"question": ..., "culture": ...}`, the culture null where none is at stake.
+    """Reads examples, one JSON object a line: `{"question": ..., "culture": ...}`, the culture null where none is at stake, with a "place"
+    where something else than the culture is named; or `{"question": ..., "neutral": true}`. Of the split "heldout", none is read.
 
     Raises:
         WhispersError: a file that cannot be read, or a line that is no example: names file and line.
@@ -61,22 +73,31 @@ def read_examples(path: str | Path) -> list[Example]:
             continue
         try:
             value = json.loads(line)
-            question, culture = value["question"], value["culture"]
+            question, place = value["question"], value.get("place")
+            culture = None if value.get("neutral") is True and "culture" not in value else value["culture"]
             right = isinstance(question, str) and question.strip() and isinstance(culture, str | None)
-        except (ValueError, TypeError, KeyError):
+            right = right and isinstance(place, str | None)
+        except (ValueError, TypeError, KeyError, AttributeError):
             right = False
         if not right:
             raise WhispersError(
-                f'{path}:{number}: is no example; accepted: {{"question": a text, "culture": an expert\'s, "{ANY}" or null}}'
+                f'{path}:{number}: is no example; accepted: {{"question": a text, "culture": an expert\'s, "{ANY}" or null}}, '
+                'with a text as "place" or without'
             )
-        examples.append(Example(question, culture))
+        if value.get("split") != "heldout":
+            examples.append(Example(question, culture, place))
     return examples
+
+
+def record_examples(source: RecordFile) -> list[Example]:
+    """What the gate learns of a file of records: all of its questions concern culture. They are taken to name none."""
+    return [Example(question, ANY) for question in dict.fromkeys(prompt(record)[0] for record in source.records)]
 
 
 def fit_router(
     engine: Engine,
     examples: Sequence[Example],
-    kind: str = "linear",
+    kind: str = "token",
     layer: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Fitted:
@@ -84,16 +105,17 @@ def fit_router(
 
     Args:
         examples: every expert without an example of its culture stays unknown to the router; examples without a culture teach the gate.
-        kind: "centroid", the paper's rule; "linear", a least-squares fit.
-        layer: of the base, 0 to its number of layers; None: four fifths of the way up, which is best for the shipped base.
-        progress: called with the number of examples read, and of all.
+        kind: "token", by what every token says; "linear", a least-squares fit to the mean state; "centroid", the paper's rule.
+        layer: of the base, 0 to its number of layers; None: the best for the shipped base, three fifths of the way up for the token kind,
+            four fifths for the others.
+        progress: called with the number of steps done, and of all: examples that were read, and fits.
 
     Raises:
         WhispersError: another kind, a layer that is not there, a culture that no expert speaks for, or too few examples.
     """
     if kind not in KINDS:
         raise WhispersError(f"router: kind {kind!r}; accepted: {', '.join(KINDS)}")
-    layer = engine.model.config.num_layers * 4 // 5 if layer is None else layer
+    layer = engine.model.config.num_layers * (3 if kind == "token" else 4) // 5 if layer is None else layer
     experts = [engine.expert(name) for name in engine.experts]
     cultures = {expert.culture or expert.name for expert in experts}
     for example in examples:
@@ -108,15 +130,97 @@ def fit_router(
             f"router: {len(examples)} examples for {len(known)} experts; accepted: two an expert on the average, for two experts at least"
         )
 
-    features = _read(engine, [example.question for example in examples], layer, progress)
+    questions = [example.question for example in examples]
+    if kind == "token":
+        states: list[Tensor] = []
+        total = len(questions) + 2 * ticks()
+        for first in range(0, len(questions), _AT_ONCE):
+            states += engine.read_tokens(questions[first : first + _AT_ONCE], layer)
+            progress(len(states), total)
+        done = itertools.count(len(states) + 1)
+        fitted = fit_tokens(known, examples, states, layer, lambda: progress(next(done), total))
+        progress(total, total)
+        return fitted
+    features = _read(engine, questions, layer, progress)
     profiles = _read(engine, [profile_text({"country": expert.culture or expert.name}) for expert in known], layer)
     return fit_features(known, examples, features, profiles, kind, layer)
+
+
+def fit_tokens(
+    known: Sequence[Expert],
+    examples: Sequence[Example],
+    states: Sequence[Tensor],
+    layer: int,
+    tick: Callable[[], None] = lambda: None,
+) -> Fitted:
+    """Makes a token router from what was read.
+
+    Args:
+        known: experts, an example of each one's culture at least among `examples`.
+        states: float32 `[tokens, hidden]` of each example.
+        layer: as `fit_router`'s.
+        tick: called after every fit.
+    """
+    of = _of(known, examples)
+    mine, at_stake = of.any(1), torch.tensor([example.culture is not None for example in examples])
+    open_to_all = torch.tensor([example.culture == ANY for example in examples])
+    tokens = Tokens.join(states)
+    mean, std = tokens.states.mean(0), tokens.states.std(0).clamp_min(1e-6)
+    tokens = Tokens((tokens.states - mean) / std, tokens.of, tokens.count)
+    fold = folds([example.place or example.question for example in examples])
+
+    # Where none is named, all experts are as likely as each other: a common word says nothing of any.
+    taught = mine | open_to_all
+    target = torch.where(mine[:, None], of.double(), 1 / len(known))[taught]
+
+    def experts_loss(scores: Tensor, chosen: Tensor) -> Tensor:
+        return -(target[chosen] * scores.log_softmax(1)).sum(1).mean()
+
+    chosen = learn(tokens.part(taught), fold[taught], len(known), experts_loss, tick)
+    named = mine[taught]
+    held_out, right = chosen.held_out[named], of[mine]
+    gate, scale, shift, auroc = None, 1.0, 0.0, None
+    if not bool(at_stake.all()):
+        # Half the weight for what is neutral; the questions that name a culture and those that name none share the rest.
+        sorts = [part for part in (mine, at_stake & ~mine) if bool(part.any())]
+        weights = (~at_stake).double() / (~at_stake).sum() / 2
+        weights = weights + torch.stack([part.double() / part.sum() / 2 / len(sorts) for part in sorts]).sum(0)
+
+        def gate_loss(scores: Tensor, chosen: Tensor) -> Tensor:
+            share = weights[chosen] / weights[chosen].sum()
+            return binary_cross_entropy_with_logits(scores[:, 0], at_stake[chosen].double(), share, reduction="sum")
+
+        opened = learn(tokens, fold, 1, gate_loss, tick)
+        gate = unstandardised(opened.weight, mean, std)[0].contiguous()
+        scores = opened.held_out[:, 0]
+        scale, shift = calibrate(scores, at_stake, weights)
+        high, low = scores[at_stake][:, None], scores[~at_stake][None]
+        auroc = float((high > low).double().mean() + (high == low).double().mean() / 2)
+    router = TokenRouter(
+        experts=tuple((expert.name, expert.content_hash) for expert in known),
+        layer=layer,
+        temperature=_calibrate(held_out, right),
+        confidence=CONFIDENCE,
+        gate=gate,
+        learned=unstandardised(chosen.weight, mean, std),
+        gate_scale=scale,
+        gate_shift=shift,
+    )
+    best = right.gather(1, held_out.topk(min(3, len(known))).indices)
+    return Fitted(router, len(examples), float(best[:, 0].float().mean()), float(best.any(1).float().mean()), auroc)
+
+
+def _of(known: Sequence[Expert], examples: Sequence[Example]) -> Tensor:
+    """Which example is whose, bool `[examples, experts]`."""
+    return torch.tensor(
+        [[example.culture == (expert.culture or expert.name) for expert in known] for example in examples]
+    )
 
 
 def fit_features(
     known: Sequence[Expert], examples: Sequence[Example], features: Tensor, profiles: Tensor, kind: str, layer: int
 ) -> Fitted:
-    """Makes a router from what was read.
+    """Makes a router of one of the other kinds from what was read.
 
     Args:
         known: experts, an example of each one's culture at least among `examples`.
@@ -124,9 +228,7 @@ def fit_features(
         profiles: float32 `[experts, hidden]`, of profiles that name each one's culture.
         kind, layer: as `fit_router`'s.
     """
-    of = torch.tensor(
-        [[example.culture == (expert.culture or expert.name) for expert in known] for example in examples]
-    )
+    of = _of(known, examples)
     mine = of.any(1)  # examples of one culture
     mean, std = features[mine].mean(0), _spread(features[mine])
     standard = (features - mean) / std
@@ -157,9 +259,9 @@ def _read(
 ) -> Tensor:
     """Features, float32 `[questions, hidden]`; some at a time, for the progress."""
     found = []
-    for first in range(0, len(questions), 16):
-        found.append(engine.read(questions[first : first + 16], layer))
-        progress(min(first + 16, len(questions)), len(questions))
+    for first in range(0, len(questions), _AT_ONCE):
+        found.append(engine.read(questions[first : first + _AT_ONCE], layer))
+        progress(min(first + _AT_ONCE, len(questions)), len(questions))
     return torch.cat(found)
 
 
@@ -199,8 +301,14 @@ def _fit_and_hold_out(kind: str, features: Tensor, targets: Tensor) -> tuple[Ten
     scores = torch.empty_like(targets)
     for index in range(_FOLDS):
         out = fold == index
-        scores[out] = KINDS[kind].rule(features[out], _fit(kind, features[~out], targets[~out]))
+        scores[out] = _mean_kind(kind).rule(features[out], _fit(kind, features[~out], targets[~out]))
     return _fit(kind, features, targets), scores.double()
+
+
+def _mean_kind(kind: str) -> type[MeanRouter]:
+    found = KINDS[kind]
+    assert issubclass(found, MeanRouter)
+    return found
 
 
 def _fit_gate(features: Tensor, at_stake: Tensor) -> Tensor:
