@@ -9,7 +9,7 @@ from pathlib import Path
 
 from whispers_engine import Committee, Engine, Expert
 from whispers_engine.records import read_records
-from whispers_engine.router_fit import fit_router, read_examples, record_examples
+from whispers_engine.router_fit import Example, fit_router, read_examples, record_examples
 
 COUNTRIES = {
     "united-states": "the United States",
@@ -37,6 +37,13 @@ SENTENCE = "You live in {country}. Answer briefly, as people in {country} would.
 ROUTER = ("router-train.jsonl", "router-places.jsonl", "neutral.jsonl")
 
 
+def router_examples() -> list[Example]:
+    """What the router and its gate are trained with."""
+    data = Path(__file__).parent / "data"
+    named = [example for name in ROUTER for example in read_examples(data / name)]
+    return named + record_examples(read_records(data / "facts-train.jsonl"))
+
+
 def main() -> None:
     engine = Engine("smollm2-135m-instruct")
     folder = Path(__file__).parent / "cultures"
@@ -45,9 +52,7 @@ def main() -> None:
         expert = Expert.from_text(name, text, engine, "suffix", culture=country.removeprefix("the "))
         Committee.add(folder, expert, engine.model_name, engine.fingerprint)
         engine.add_expert(expert)
-    data = Path(__file__).parent / "data"
-    examples = [example for name in ROUTER for example in read_examples(data / name)]
-    examples += record_examples(read_records(data / "facts-train.jsonl"))
+    examples = router_examples()
     fit_router(engine, examples).router.save(folder)
     print(f"{folder}: {len(COUNTRIES)} experts, and a router from {len(examples)} examples")
 

@@ -205,6 +205,25 @@ def rows() -> list[dict[str, str]]:
     return found
 
 
+def long_rows() -> list[dict[str, str | None]]:
+    """Longer requests for the gate: several neutral questions in a row, and the same with one among them that concerns culture."""
+    draw = random.Random(1)
+    data = Path(__file__).parent / "data"
+    neutral = [row["question"] for row in _lines(data / "neutral.jsonl") if row["split"] == "train"]
+    custom = [row["question"] for row in _lines(data / "router-train.jsonl") if row["culture"] == "*"]
+    found: list[dict[str, str | None]] = []
+    for index in range(60):
+        some = draw.sample(neutral, draw.randint(3, 8))
+        if index % 2:
+            some.insert(draw.randrange(len(some) + 1), draw.choice(custom))
+        found.append({"question": " ".join(some), "culture": "*" if index % 2 else None})
+    return found
+
+
+def _lines(path: Path) -> list[dict[str, str]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
 def _row(frame: str, name: str, culture: str, own: bool = False) -> dict[str, str]:
     """One line. `own`: the name is the culture's own, and no place that could be held out."""
     question = frame.format(name)
@@ -214,7 +233,7 @@ def _row(frame: str, name: str, culture: str, own: bool = False) -> dict[str, st
 
 def main() -> None:
     path = Path(__file__).parent / "data" / "router-places.jsonl"
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows()]
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in [*rows(), *long_rows()]]
     path.write_text("".join(lines), encoding="utf-8")
     print(f"{path}: {len(lines)} questions")
 

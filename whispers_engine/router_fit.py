@@ -16,7 +16,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from .errors import WhispersError
 from .records import RecordFile, prompt
 from .router import KINDS, MeanRouter, Router, TokenRouter, profile_text
-from .router_tokens import Tokens, calibrate, folds, learn, ticks, unstandardised
+from .router_tokens import PENALTIES, Tokens, calibrate, folds, learn, ticks, unstandardised
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -106,8 +106,8 @@ def fit_router(
     Args:
         examples: every expert without an example of its culture stays unknown to the router; examples without a culture teach the gate.
         kind: "token", by what every token says; "linear", a least-squares fit to the mean state; "centroid", the paper's rule.
-        layer: of the base, 0 to its number of layers; None: the best for the shipped base, three fifths of the way up for the token kind,
-            four fifths for the others.
+        layer: of the base, 0 to its number of layers; None: the best for the shipped base, a little above the middle for the token
+            kind, four fifths of the way up for the others.
         progress: called with the number of steps done, and of all: examples that were read, and fits.
 
     Raises:
@@ -115,7 +115,8 @@ def fit_router(
     """
     if kind not in KINDS:
         raise WhispersError(f"router: kind {kind!r}; accepted: {', '.join(KINDS)}")
-    layer = engine.model.config.num_layers * (3 if kind == "token" else 4) // 5 if layer is None else layer
+    if layer is None:
+        layer = engine.model.config.num_layers * (8 if kind == "token" else 12) // 15
     experts = [engine.expert(name) for name in engine.experts]
     cultures = {expert.culture or expert.name for expert in experts}
     for example in examples:
@@ -152,6 +153,7 @@ def fit_tokens(
     states: Sequence[Tensor],
     layer: int,
     tick: Callable[[], None] = lambda: None,
+    penalties: Sequence[float] = PENALTIES,
 ) -> Fitted:
     """Makes a token router from what was read.
 
@@ -160,6 +162,7 @@ def fit_tokens(
         states: float32 `[tokens, hidden]` of each example.
         layer: as `fit_router`'s.
         tick: called after every fit.
+        penalties: of which the best on what is held out is taken.
     """
     of = _of(known, examples)
     mine, at_stake = of.any(1), torch.tensor([example.culture is not None for example in examples])
@@ -176,9 +179,16 @@ def fit_tokens(
     def experts_loss(scores: Tensor, chosen: Tensor) -> Tensor:
         return -(target[chosen] * scores.log_softmax(1)).sum(1).mean()
 
-    chosen = learn(tokens.part(taught), fold[taught], len(known), experts_loss, tick)
-    named = mine[taught]
-    held_out, right = chosen.held_out[named], of[mine]
+    named, right = mine[taught], of[mine]
+    # Calibrated as people are taken to ask: as often for a country or its people by name as for one of its places.
+    by_place = torch.tensor([example.place is not None for example in examples])[mine]
+    share = torch.stack([part.double() / part.sum().clamp_min(1) for part in (by_place, ~by_place)]).sum(0)
+
+    def off(held_out: Tensor) -> float:
+        return _calibrate(held_out[named], right, share)[1]
+
+    chosen = learn(tokens.part(taught), fold[taught], len(known), experts_loss, off, tick, penalties)
+    held_out = chosen.held_out[named]
     gate, scale, shift, auroc = None, 1.0, 0.0, None
     if not bool(at_stake.all()):
         # Half the weight for what is neutral; the questions that name a culture and those that name none share the rest.
@@ -190,16 +200,19 @@ def fit_tokens(
             share = weights[chosen] / weights[chosen].sum()
             return binary_cross_entropy_with_logits(scores[:, 0], at_stake[chosen].double(), share, reduction="sum")
 
-        opened = learn(tokens, fold, 1, gate_loss, tick)
+        def gate_off(held_out: Tensor) -> float:
+            return calibrate(held_out[:, 0], at_stake, weights)[2]
+
+        opened = learn(tokens, fold, 1, gate_loss, gate_off, tick, penalties)
         gate = unstandardised(opened.weight, mean, std)[0].contiguous()
         scores = opened.held_out[:, 0]
-        scale, shift = calibrate(scores, at_stake, weights)
+        scale, shift, _ = calibrate(scores, at_stake, weights)
         high, low = scores[at_stake][:, None], scores[~at_stake][None]
         auroc = float((high > low).double().mean() + (high == low).double().mean() / 2)
     router = TokenRouter(
         experts=tuple((expert.name, expert.content_hash) for expert in known),
         layer=layer,
-        temperature=_calibrate(held_out, right),
+        temperature=_calibrate(held_out, right, share)[0],
         confidence=CONFIDENCE,
         gate=gate,
         learned=unstandardised(chosen.weight, mean, std),
@@ -237,7 +250,7 @@ def fit_features(
     shared: dict[str, Any] = {
         "experts": tuple((expert.name, expert.content_hash) for expert in known),
         "layer": layer,
-        "temperature": _calibrate(held_out, of[mine]),
+        "temperature": _calibrate(held_out, of[mine], torch.ones(int(mine.sum())))[0],
         "confidence": CONFIDENCE,
         "mean": mean,
         "std": std,
@@ -318,10 +331,11 @@ def _fit_gate(features: Tensor, at_stake: Tensor) -> Tensor:
     return _ridge(_with_bias(features), targets, GATE_RIDGE * len(features), share)[0]
 
 
-def _calibrate(held_out: Tensor, of: Tensor) -> float:
-    """The temperature under which the right experts of held-out examples are likeliest."""
+def _calibrate(held_out: Tensor, of: Tensor, weights: Tensor) -> tuple[float, float]:
+    """The temperature under which the right experts of held-out examples are likeliest, and how unlikely they are then."""
 
     def loss(temperature: float) -> float:
-        return -float((held_out / temperature).log_softmax(-1)[of].mean())
+        return -float((held_out / temperature).log_softmax(-1)[of].double() @ weights.double() / weights.sum())
 
-    return min(_TEMPERATURES, key=loss)
+    best = min(_TEMPERATURES, key=loss)
+    return best, loss(best)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 FOLDS = 4
-PENALTIES = (3e-2, 1e-2, 3e-3, 1e-3)  # on the squared weights of standardised states
+PENALTIES = (1e-1, 3e-2, 1e-2, 3e-3)  # on the squared weights of standardised states
 _STEPS = 100
 
 
@@ -70,30 +70,42 @@ class Loss(Protocol):
     def __call__(self, scores: Tensor, chosen: Tensor) -> Tensor: ...
 
 
-def learn(tokens: Tokens, fold: Tensor, columns: int, loss: Loss, tick: Callable[[], None]) -> Learned:
+def learn(
+    tokens: Tokens,
+    fold: Tensor,
+    columns: int,
+    loss: Loss,
+    judge: Callable[[Tensor], float],
+    tick: Callable[[], None],
+    penalties: Sequence[float] = PENALTIES,
+) -> Learned:
     """Learns from all questions, with the penalty that is best on what is held out.
 
     Args:
         tokens: standardised.
         fold: int64 `[questions]`, the fold of each.
         loss: what is made small, beside the penalty.
-        tick: called `ticks()` times.
+        judge: of held-out scores `[questions, columns]`; the penalty with the smallest is taken.
+        tick: called after every fit, `ticks()` times.
+        penalties: on the squared weights, the strongest first.
     """
-    found: list[tuple[float, float, Tensor]] = []
-    start = [torch.zeros(columns, tokens.states.shape[1] + 1, dtype=torch.float64)] * FOLDS
-    everything = torch.ones(tokens.count, dtype=torch.bool)
-    parts = [(tokens.part(fold != index), tokens.part(fold == index), fold == index) for index in range(FOLDS)]
-    for penalty in PENALTIES:  # from the strongest on: each starts from where the last one ended
-        held_out = torch.zeros(tokens.count, columns, dtype=torch.float64)
-        for index, (rest, out, chosen) in enumerate(parts):
-            start[index] = _fit(rest, start[index], partial(loss, chosen=~chosen), penalty)
-            held_out[chosen] = out.scores(start[index])
+    held_out = [torch.zeros(tokens.count, columns, dtype=torch.float64) for _ in penalties]
+    starts = [torch.zeros(columns, tokens.states.shape[1] + 1, dtype=torch.float64) for _ in penalties]
+    for index in range(FOLDS):
+        out = fold == index
+        rest, asked = tokens.part(~out), tokens.part(out)
+        weight = torch.zeros_like(starts[0])
+        for at, penalty in enumerate(penalties):  # each starts from where the one before it ended
+            if rest.count:
+                weight = _fit(rest, weight, partial(loss, chosen=~out), penalty)
+            held_out[at][out] = asked.scores(weight)
+            starts[at] = weight
             tick()
-        found.append((float(loss(held_out, everything)), penalty, held_out))
-    _, penalty, held_out = min(found, key=lambda one: one[0])
-    weight = _fit(tokens, start[0], partial(loss, chosen=everything), penalty)
+    best = min(range(len(penalties)), key=lambda at: judge(held_out[at]))
+    everything = torch.ones(tokens.count, dtype=torch.bool)
+    weight = _fit(tokens, starts[best], partial(loss, chosen=everything), penalties[best])
     tick()
-    return Learned(weight, held_out, penalty)
+    return Learned(weight, held_out[best], penalties[best])
 
 
 def ticks() -> int:
@@ -126,8 +138,8 @@ def unstandardised(weight: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     return torch.cat([scaled, (weight[:, -1] - scaled @ mean)[:, None]], 1).float()
 
 
-def calibrate(scores: Tensor, positive: Tensor, weights: Tensor) -> tuple[float, float]:
-    """Scale and shift under which `sigmoid(scale * (score + shift))` says best what is positive.
+def calibrate(scores: Tensor, positive: Tensor, weights: Tensor) -> tuple[float, float, float]:
+    """Scale and shift under which `sigmoid(scale * (score + shift))` says best what is positive, and how far it is off then.
 
     Args:
         scores: float64 `[questions]`, of what was held out.
@@ -136,17 +148,16 @@ def calibrate(scores: Tensor, positive: Tensor, weights: Tensor) -> tuple[float,
     """
     values = torch.zeros(2, dtype=torch.float64, requires_grad=True)  # log of the scale; scale * shift
     optimizer = torch.optim.LBFGS([values], max_iter=200, line_search_fn="strong_wolfe")
+    # A little is kept off the certain ends: where all is told apart, no scale would be large enough.
+    target = positive.double() * 0.98 + 0.01
 
-    def closure() -> Tensor:
+    def off() -> Tensor:
         optimizer.zero_grad()
-        # A little is kept off the certain ends: where all is told apart, no scale would be large enough.
-        target = positive.double() * 0.98 + 0.01
-        value = torch.nn.functional.binary_cross_entropy_with_logits(
-            values[0].exp() * scores + values[1], target, weights, reduction="sum"
-        )
+        said = values[0].exp() * scores + values[1]
+        value = torch.nn.functional.binary_cross_entropy_with_logits(said, target, weights, reduction="sum")
         value.backward()
         return value
 
-    optimizer.step(closure)
+    optimizer.step(off)
     scale = float(values[0].detach().exp())
-    return scale, float(values[1].detach()) / scale
+    return scale, float(values[1].detach()) / scale, float(off().detach())

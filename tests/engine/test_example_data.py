@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import unicodedata
@@ -125,6 +126,26 @@ def test_router_questions_are_not_those_it_is_measured_with() -> None:
     assert set(counts) == CULTURES and min(counts.values()) >= 30, counts
     unnamed = re.compile(rf"\b({'|'.join(NAMES.values())})\b", re.IGNORECASE)
     assert not [e.question for e in examples if e.culture == ANY and unnamed.search(e.question)]
+
+
+def test_places_of_the_router_are_not_those_that_stay_unseen() -> None:
+    """`router-places.jsonl` is what its script writes, and adds no city of `routing.jsonl`."""
+    path = EXAMPLES / "make_router_questions.py"
+    spec = importlib.util.spec_from_file_location("make_router_questions", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    places = rows("router-places.jsonl")
+    assert places == [*module.rows(), *module.long_rows()]
+    by_hand = "\n".join(row["question"] for row in rows("router-train.jsonl"))
+    cities = [row["place"] for row in rows("routing.jsonl") if row["names"] == "city"]
+    unseen = [city for city in cities if not re.search(rf"\b{city}\b", by_hand)]
+    assert len(unseen) == 31
+    assert not [row for row in places if re.search(rf"\b({'|'.join(unseen)})\b", row["question"])]
+    asked = {normal(row["question"]) for row in rows("routing.jsonl")}
+    assert not asked & {normal(row["question"]) for row in places}
+    counts = Counter(row["culture"] for row in places)
+    assert counts.pop(ANY) and counts.pop(None) and set(counts) == CULTURES and min(counts.values()) >= 100
 
 
 def test_all_is_small() -> None:
