@@ -30,7 +30,8 @@ from whispers_engine import Engine
 from whispers_engine.bench.measure import environment
 from whispers_engine.evaluation.metrics import expected_calibration_error, reliability
 from whispers_engine.router import Router, profile_text
-from whispers_engine.router_fit import Example, fit_tokens
+from whispers_engine.router_examples import Example
+from whispers_engine.router_fit import fit_tokens
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 POOLINGS: dict[str, Callable[[Tensor], Tensor]] = {  # of the user's own tokens, [tokens, hidden]

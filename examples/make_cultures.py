@@ -9,7 +9,8 @@ from pathlib import Path
 
 from whispers_engine import Committee, Engine, Expert
 from whispers_engine.records import read_records
-from whispers_engine.router_fit import Example, fit_router, read_examples, record_examples
+from whispers_engine.router_examples import Example, read_examples, record_examples
+from whispers_engine.router_fit import fit_router
 
 COUNTRIES = {
     "united-states": "the United States",

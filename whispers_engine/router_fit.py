@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,33 +12,20 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from .errors import WhispersError
-from .records import RecordFile, prompt
 from .router import KINDS, MeanRouter, Router, TokenRouter, profile_text
+from .router_examples import ANY, Example
 from .router_tokens import PENALTIES, Tokens, calibrate, folds, learn, ticks, unstandardised
 
 if TYPE_CHECKING:
     from .engine import Engine
     from .experts import Expert
 
-ANY = "*"  # culture is at stake, but none is named
 RIDGE = 4.0  # times the number of examples: with 576 standardised features and 260 examples, 1 to 10 do about as well
 GATE_RIDGE = 1.0
 CONFIDENCE = 0.2
 _FOLDS = 4
 _AT_ONCE = 16  # questions that are read together, for the progress
 _TEMPERATURES = torch.logspace(-2.5, 1, 36, dtype=torch.float64).tolist()
-
-
-@dataclass(frozen=True)
-class Example:
-    """A question, and the culture that it concerns: an expert's, `ANY`, or None where culture is not at stake.
-
-    `place` is the name that tells, where it is not the culture's own: what is held out holds names that the rest does not.
-    """
-
-    question: str
-    culture: str | None
-    place: str | None = None
 
 
 @dataclass(frozen=True)
@@ -53,45 +38,6 @@ class Fitted:
     top1: float
     top3: float
     gate_auroc: float | None = None
-
-
-def read_examples(path: str | Path) -> list[Example]:
-    """Reads examples, one JSON object a line: `{"question": ..., "culture": ...}`, the culture null where none is at stake, with a "place"
-    where something else than the culture is named; or `{"question": ..., "neutral": true}`. Of the split "heldout", none is read.
-
-    Raises:
-        WhispersError: a file that cannot be read, or a line that is no example: names file and line.
-    """
-    path = Path(path)
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise WhispersError(f"{path}: cannot be read: {error}; accepted: a file of examples") from error
-    examples = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-            question, place = value["question"], value.get("place")
-            culture = None if value.get("neutral") is True and "culture" not in value else value["culture"]
-            right = isinstance(question, str) and question.strip() and isinstance(culture, str | None)
-            right = right and isinstance(place, str | None)
-        except (ValueError, TypeError, KeyError, AttributeError):
-            right = False
-        if not right:
-            raise WhispersError(
-                f'{path}:{number}: is no example; accepted: {{"question": a text, "culture": an expert\'s, "{ANY}" or null}}, '
-                'with a text as "place" or without'
-            )
-        if value.get("split") != "heldout":
-            examples.append(Example(question, culture, place))
-    return examples
-
-
-def record_examples(source: RecordFile) -> list[Example]:
-    """What the gate learns of a file of records: all of its questions concern culture. They are taken to name none."""
-    return [Example(question, ANY) for question in dict.fromkeys(prompt(record)[0] for record in source.records)]
 
 
 def fit_router(

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from whispers_engine.records import ChoiceRecord, read_records
-from whispers_engine.router_fit import ANY, read_examples
+from whispers_engine.router_examples import ANY, read_examples
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 DATA = EXAMPLES / "data"

@@ -28,7 +28,8 @@ from whispers_engine.router import (
     load_router,
     profile_text,
 )
-from whispers_engine.router_fit import ANY, Example, fit_router, read_examples
+from whispers_engine.router_examples import ANY, Example, read_examples
+from whispers_engine.router_fit import fit_router
 
 PAGE = 8
 QUESTION = "what do people eat for breakfast in the morning"

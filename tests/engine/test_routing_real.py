@@ -14,7 +14,8 @@ import torch
 from whispers_engine import Engine, Routed
 from whispers_engine.evaluation.metrics import expected_calibration_error, reliability
 from whispers_engine.router import TokenRouter, profile_text
-from whispers_engine.router_fit import ANY, fit_router, read_examples
+from whispers_engine.router_examples import ANY, read_examples
+from whispers_engine.router_fit import fit_router
 
 DATA = Path(__file__).parents[2] / "examples" / "data"
 TRAINED = ("router-train.jsonl", "router-places.jsonl", "neutral.jsonl")

@@ -260,7 +260,8 @@ def router(
     """Train the committee's router and gate on examples; they replace the ones that are there."""
     from whispers_engine.records import read_records
     from whispers_engine.router import FILE
-    from whispers_engine.router_fit import fit_router, read_examples, record_examples
+    from whispers_engine.router_examples import read_examples, record_examples
+    from whispers_engine.router_fit import fit_router
 
     examples = [example for file in files for example in read_examples(file)]
     examples += [example for file in records or [] for example in record_examples(read_records(file))]
