@@ -1,6 +1,6 @@
 """How well the shipped committee is routed, by layer and pooling, and what routing adds to a prefill.
 
-    python benchmarks/routing.py [--json FILE] [--layers 6,12,18,24,30]
+    python benchmarks/routing.py [--json FILE] [--layers 8,12,16,20,24]
 
 Routers are trained as `examples/make_cultures.py` does and asked the questions of `examples/data/routing.jsonl`, none of which they have
 seen: each names a country or one of its cities, or neither. Half of the cities are in no question that they were trained with. Beside
@@ -40,7 +40,7 @@ POOLINGS: dict[str, Callable[[Tensor], Tensor]] = {  # of the user's own tokens,
     "largest": lambda states: states.amax(0, keepdim=True),
     "last": lambda states: states[-1:],
 }
-PENALTIES = (1e-2, 3e-3)  # fewer than a router's own training tries, to be done sooner
+PENALTIES = (3e-2,)  # fewer than a router's own training tries, to be done sooner
 PLAIN = "What do people usually eat for breakfast?"  # names nothing: what its profile says decides
 # Names a country once, near its beginning.
 FAR = (
@@ -182,9 +182,9 @@ def overhead(engine: Engine) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--layers", default="6,10,14,18,22,26,30")
+    parser.add_argument("--layers", default="8,12,16,20,24")
     arguments = parser.parse_args()
-    layers = [int(layer) for layer in arguments.layers.split(",")]
+    layers = [int(layer) for layer in arguments.layers.split(",") if layer]
     engine = Engine("smollm2-135m-instruct", EXAMPLES / "cultures")
     prefill = []
     for dtype in ("float32", "bfloat16"):

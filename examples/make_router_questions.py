@@ -212,8 +212,8 @@ def long_rows() -> list[dict[str, str | None]]:
     neutral = [row["question"] for row in _lines(data / "neutral.jsonl") if row["split"] == "train"]
     custom = [row["question"] for row in _lines(data / "router-train.jsonl") if row["culture"] == "*"]
     found: list[dict[str, str | None]] = []
-    for index in range(60):
-        some = draw.sample(neutral, draw.randint(3, 8))
+    for index in range(100):
+        some = draw.sample(neutral, draw.randint(2, 16))
         if index % 2:
             some.insert(draw.randrange(len(some) + 1), draw.choice(custom))
         found.append({"question": " ".join(some), "culture": "*" if index % 2 else None})

@@ -39,7 +39,7 @@ class Reader(ABC):
 
     @abstractmethod
     def feature(self, total: Tensor, count: int) -> Tensor:
-        """Of the sum over `count` tokens, float64 `[width]`: the feature, float32 `[width]`."""
+        """Of the sum over `count` tokens, float64 `[width]`: the feature, float32."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +60,7 @@ class MeanReader(Reader):
 @dataclass(frozen=True, eq=False)
 class TokenReader(Reader):
     """The log of the sum of what every token says: a linear score an expert, exponentiated. One token that names a place decides, however
-    many others name none.
+    many others name none. Last in the feature stands the log of how many tokens there are.
 
     Args:
         weight: float32 `[scores, hidden + 1]`, the bias last.
@@ -85,7 +85,7 @@ class TokenReader(Reader):
         return torch.stack(scores).double().clamp_(max=_LARGEST).exp_()
 
     def feature(self, total: Tensor, count: int) -> Tensor:
-        return total.clamp_min(1e-300).log().float()
+        return torch.cat([total.clamp_min(1e-300), total.new_tensor([count])]).log().float()
 
 
 class Reading:
@@ -150,7 +150,7 @@ class Reading:
             pool.note(self.span.pages[page], self._key(page), sums[page])
 
     def feature(self) -> Tensor:
-        """The reader's feature, float32 `[width]` on the CPU."""
+        """The reader's feature, float32 on the CPU."""
         assert self._sums is not None and self.done
         return self.reader.feature(self._sums.sum(0).cpu(), int(self._mask.sum()))
 

@@ -126,7 +126,8 @@ class Router(ABC):
 @dataclass(frozen=True, eq=False)
 class TokenRouter(Router):
     """Every token says something of every expert, linearly; an expert's score is the log of the sum of what they say, exponentiated. So one
-    place's name counts in full in a text of any length, wherever it stands. Likewise the gate.
+    place's name counts in full in a text of any length, wherever it stands. Likewise the gate, of the mean of its exponentials: a long text
+    is not at stake for its length alone.
 
     Args:
         learned: the experts' weights, `[experts, hidden + 1]`, the bias last.
@@ -149,7 +150,7 @@ class TokenRouter(Router):
         return TokenReader(self.layer, torch.cat(parts))
 
     def stake(self, query: Tensor) -> float:
-        return self.gate_scale * (float(query[len(self.experts)]) + self.gate_shift)
+        return self.gate_scale * (float(query[-2] - query[-1]) + self.gate_shift)
 
     def scores(self, query: Tensor, profile: Tensor | None) -> Tensor:
         scores = query[: len(self.experts)].double()

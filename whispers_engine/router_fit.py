@@ -142,16 +142,21 @@ def fit_tokens(
         weights = (~at_stake).double() / (~at_stake).sum() / 2
         weights = weights + torch.stack([part.double() / part.sum() / 2 / len(sorts) for part in sorts]).sum(0)
 
+        length = (
+            tokens.of.bincount(minlength=tokens.count).double().log()
+        )  # of the mean, not the sum, of the exponentials
+
         def gate_loss(scores: Tensor, chosen: Tensor) -> Tensor:
             share = weights[chosen] / weights[chosen].sum()
-            return binary_cross_entropy_with_logits(scores[:, 0], at_stake[chosen].double(), share, reduction="sum")
+            scores = scores[:, 0] - length[chosen]
+            return binary_cross_entropy_with_logits(scores, at_stake[chosen].double(), share, reduction="sum")
 
         def gate_off(held_out: Tensor) -> float:
-            return calibrate(held_out[:, 0], at_stake, weights)[2]
+            return calibrate(held_out[:, 0] - length, at_stake, weights)[2]
 
         opened = learn(tokens, fold, 1, gate_loss, gate_off, tick, penalties)
         gate = unstandardised(opened.weight, mean, std)[0].contiguous()
-        scores = opened.held_out[:, 0]
+        scores = opened.held_out[:, 0] - length
         scale, shift, _ = calibrate(scores, at_stake, weights)
         high, low = scores[at_stake][:, None], scores[~at_stake][None]
         auroc = float((high > low).double().mean() + (high == low).double().mean() / 2)

@@ -117,6 +117,7 @@ def test_every_token_is_scored_for_itself(tiny: Tiny) -> None:
         states = tiny.hf(torch.tensor([ids]), output_hidden_states=True).hidden_states[2][0, own]
     weight = torch.cat([router.learned, router.gate[None]])  # type: ignore[index]
     want = (states @ weight[:, :-1].T + weight[:, -1]).logsumexp(0)
+    want = torch.cat([want, torch.tensor([float(len(states))]).log()])
     found = {}
     for rows in (512, 11, 3):
         chunked = Engine(tiny.folder, page_size=PAGE, kv_cache_tokens=4096, max_num_seqs=3, max_num_batched_tokens=rows)
