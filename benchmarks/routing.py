@@ -12,11 +12,13 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import random
 import re
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from operator import eq
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +160,52 @@ def shipped(engine: Engine) -> dict[str, Any]:
     return {**found, "profile_alone": sum(alone) / len(alone)}
 
 
+def gate(engine: Engine) -> dict[str, Any]:
+    """The gate alone, on single questions and on long texts of several; and profiles beside the questions of the held-out facts."""
+    router = engine.router
+    assert router is not None
+
+    def lines(name: str) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (EXAMPLES / "data" / name).read_text(encoding="utf-8").splitlines()]
+
+    def stakes(texts: Sequence[str]) -> Tensor:
+        return torch.tensor([router.stake(one) for one in engine.read(texts, router.reader)])
+
+    held_out = [row["question"] for row in lines("neutral.jsonl") if row["split"] == "heldout"]
+    facts = list(dict.fromkeys(row["question"] for row in lines("facts-heldout.jsonl")))
+    asked = questions(engine)
+    neutral = stakes([*held_out, *(question for question, _ in asked["neutral"])])
+    found: dict[str, Any] = {"neutral": len(neutral), "neutral_refused": float((neutral <= 0).float().mean())}
+    named = [question for names, rows in asked.items() if names != "neutral" for question, _ in rows]
+    for what, texts in (("named", named), ("facts", facts)):
+        high = stakes(texts)
+        found[what] = {
+            "n": len(high),
+            "accepted": float((high > 0).float().mean()),
+            "auroc": float((high[:, None] > neutral).float().mean()),
+        }
+    draw = random.Random(5)
+    several = [" ".join(draw.sample(held_out, count)) for count in (3, 6, 12, 20) * 5]
+    found["long_neutral_refused"] = float((stakes(several) <= 0).float().mean())
+    one = [" ".join([*draw.sample(held_out, count), draw.choice(facts)]) for count in (3, 6, 12, 20) * 5]
+    found["long_with_one_fact_accepted"] = float((stakes(one) > 0).float().mean())
+    hints = engine.read(
+        [profile_text({"country": engine.expert(name).culture or name}) for name in engine.experts], router.reader
+    )
+    right = [
+        router.route(query, hint, engine.experts, 1)[0][0] == name
+        for query in engine.read(facts, router.reader)
+        for name, hint in zip(engine.experts, hints, strict=True)
+    ]
+    far = engine.read([FAR.format(culture=engine.expert(name).culture) for name in engine.experts], router.reader)
+    first = [router.route(query, None, engine.experts, 1)[0][0] for query in far]
+    return {
+        **found,
+        "profile_beside_facts": sum(right) / len(right),
+        "far": sum(map(eq, first, engine.experts)) / len(far),
+    }
+
+
 def overhead(engine: Engine) -> dict[str, float]:
     """Milliseconds of a cold prefill of 200 tokens and a header, with the router's reading and choice and without, alternately."""
     words = (Path(__file__).parents[1] / "LICENSE").read_text().split()
@@ -194,7 +242,7 @@ def main() -> None:
         prefill.append({"dtype": dtype, "tokens": PREFILL, **overhead(two)})
     report = {
         **environment(engine.model.device, " ".join(["python", *sys.argv])),
-        "shipped": shipped(engine),
+        "shipped": {**shipped(engine), "gate": gate(engine)},
         "prefill": prefill,
         "dtype": str(engine.model.dtype).removeprefix("torch."),
         "by_layer_and_pooling": by_layer_and_pooling(engine, layers),
