@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
 import json
 import re
@@ -144,6 +145,15 @@ def test_places_of_the_router_are_not_those_that_stay_unseen() -> None:
     assert not [row for row in places if re.search(rf"\b({'|'.join(unseen)})\b", row["question"])]
     asked = {normal(row["question"]) for row in rows("routing.jsonl")}
     assert not asked & {normal(row["question"]) for row in places}
+    # Nor are the sentences those that it is measured with, with another name in them.
+    for frame in (*module.ABOUT, *module.OF):
+        words = re.sub(r"[^a-z ]", "", frame.lower()).split()
+        for row in rows("routing.jsonl"):
+            other = [
+                word for word in re.sub(r"[^A-Za-z ]", "", row["question"]).split() if word in words or word.islower()
+            ]
+            alike = difflib.SequenceMatcher(None, words, [word.lower() for word in other], autojunk=False).ratio()
+            assert row["culture"] is None or alike < 0.75, (frame, row["question"])
     counts = Counter(row["culture"] for row in places)
     assert counts.pop(ANY) and counts.pop(None) and set(counts) == CULTURES and min(counts.values()) >= 100
 
