@@ -1,37 +1,48 @@
 """How well the shipped committee is routed, by layer and pooling, and what routing adds to a prefill.
 
-    python benchmarks/routing.py [--json FILE] [--layers 0,6,12,18,24,27,30]
+    python benchmarks/routing.py [--json FILE] [--layers 8,12,16,20,24]
 
-Routers of both kinds are fitted on `examples/data/routing-train.jsonl` and asked the questions of `examples/data/routing.jsonl`, none of
-which is in there: each names a country or one of its cities, or neither. Features come from transformers here, so that poolings that the
-engine does not have can be compared; at the shipped layer the engine's own routing is measured too.
+Routers are trained as `examples/make_cultures.py` does and asked the questions of `examples/data/routing.jsonl`, none of which they have
+seen: each names a country or one of its cities, or neither. Half of the cities are in no question that they were trained with. Beside
+the sum over every token's scores, which is what the engine has, stand poolings of the states themselves, trained in the same way.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
+import random
+import re
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from operator import eq
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-import transformers
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
 from whispers_engine import Engine
 from whispers_engine.bench.measure import environment
-from whispers_engine.pull import pull
-from whispers_engine.router import profile_text
-from whispers_engine.router_fit import fit_features, read_examples
+from whispers_engine.evaluation.metrics import expected_calibration_error, reliability
+from whispers_engine.router import Router, profile_text
+from whispers_engine.router_examples import Example
+from whispers_engine.router_fit import fit_tokens
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-POOLINGS = ("own words", "all tokens", "last own word", "last token")
+POOLINGS: dict[str, Callable[[Tensor], Tensor]] = {  # of the user's own tokens, [tokens, hidden]
+    "every token": lambda states: states,
+    "mean": lambda states: states.mean(0, keepdim=True),
+    "largest": lambda states: states.amax(0, keepdim=True),
+    "last": lambda states: states[-1:],
+}
+PENALTIES = (3e-2,)  # fewer than a router's own training tries, to be done sooner
 PLAIN = "What do people usually eat for breakfast?"  # names nothing: what its profile says decides
 # Names a country once, near its beginning.
 FAR = (
@@ -45,93 +56,154 @@ ROUNDS = 100
 console = Console(stderr=True)
 
 
-class Features:
-    """What transformers computes of questions, as it would be pooled: `[layers + 1, poolings, hidden]` each."""
-
-    def __init__(self, engine: Engine, hf: Any):
-        self._engine = engine
-        self._hf = hf
-
-    @torch.inference_mode()
-    def __call__(self, questions: Sequence[str], what: str) -> Tensor:
-        return torch.stack([self._one(question) for question in track(questions, what, console=console)])
-
-    def _one(self, question: str) -> Tensor:
-        ids, _ = self._engine.chat.split(question)
-        own = torch.tensor(self._engine.chat.own_tokens(question, ids))
-        states = torch.stack(self._hf(torch.tensor([ids]), output_hidden_states=True).hidden_states)[:, 0]
-        return torch.stack((states[:, own].mean(1), states.mean(1), states[:, own][:, -1], states[:, -1]), dim=1)
-
-
-def accuracy(route: Callable[[Tensor], list[str]], features: Tensor, wanted: Sequence[str]) -> float:
-    """The share of features whose expert is among the first three."""
-    return sum(want in route(feature)[:3] for feature, want in zip(features, wanted, strict=True)) / len(wanted)
-
-
 def by_layer_and_pooling(engine: Engine, layers: Sequence[int]) -> list[dict[str, Any]]:
-    hf = transformers.AutoModelForCausalLM.from_pretrained(pull("smollm2-135m-instruct"), dtype=torch.float32).eval()
-    features = Features(engine, hf)
-    train, test = read_examples(EXAMPLES / "data" / "routing-train.jsonl"), questions(engine)
-    seen = features([example.question for example in train], "examples")
-    asked = {names: features([q for q, _ in rows], names or "neutral") for names, rows in test.items()}
+    examples, asked = training(), questions(engine)
+    known = [engine.expert(name) for name in engine.experts]
     cultures = {engine.expert(name).culture or name: name for name in engine.experts}
-    profiles = features([profile_text({"country": culture}) for culture in cultures], "profiles")
-    plain = features([PLAIN], "profile alone")[0]
-    far = features([FAR.format(culture=culture) for culture in cultures], "named once")
-    results = []
+    texts = {
+        "train": [example.question for example in examples],
+        **{names: [question for question, _ in rows] for names, rows in asked.items()},
+        "far": [FAR.format(culture=culture) for culture in cultures],
+        "profiles": [profile_text({"country": culture}) for culture in cultures],
+        "plain": [PLAIN],
+    }
+    results: list[dict[str, Any]] = []
     for layer in layers:
-        for at, pooling in enumerate(POOLINGS):
-            for kind in ("linear", "centroid"):
-                experts = [engine.expert(name) for name in engine.experts]
-                fitted = fit_features(experts, train, seen[:, layer, at], profiles[:, layer, at], kind, layer)
-                router = fitted.router
-
-                def route(query: Tensor, profile: Tensor | None = None, router: Any = router) -> list[str]:
-                    return [name for name, _ in router.route(query, profile, engine.experts, 3)]
-
-                row = {"layer": layer, "pooling": pooling, "kind": kind}
-                for names, rows in test.items():
-                    if names is not None:
-                        row[names] = accuracy(route, asked[names][:, layer, at], [want for _, want in rows])
-                row["far"] = accuracy(route, far[:, layer, at], list(cultures.values()))
-                query = plain[layer, at]
-                found = [route(query, profile) for profile in profiles[:, layer, at]]
-                row["profile_alone"] = sum(
-                    name in got for name, got in zip(cultures.values(), found, strict=True)
-                ) / len(found)
-                gates = [router.at_stake(feature) for names in asked for feature in asked[names][:, layer, at]]
-                wanted = [names is not None for names, rows in test.items() for _ in rows]
-                row["gate"] = sum(got == want for got, want in zip(gates, wanted, strict=True)) / len(gates)
-                results.append(
-                    {key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()}
-                )
+        states = {what: read(engine, some, layer, f"layer {layer}: {what}") for what, some in texts.items()}
+        for pooling, pool in POOLINGS.items():
+            pooled = {what: [pool(one) for one in some] for what, some in states.items()}
+            fitted = fit_tokens(known, examples, pooled["train"], layer, penalties=PENALTIES)
+            row = {"layer": layer, "pooling": pooling, "held_out": fitted.top1}
+            row |= measured(fitted.router, engine.experts, asked, pooled)
+            results.append({key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()})
+            console.print(results[-1])
     return results
 
 
-def questions(engine: Engine) -> dict[str | None, list[tuple[str, str]]]:
-    """The questions by what they name, and the expert that each is for."""
-    cultures = {engine.expert(name).culture: name for name in engine.experts}
-    found: dict[str | None, list[tuple[str, str]]] = {}
-    for line in (EXAMPLES / "data" / "routing.jsonl").read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        found.setdefault(row["names"], []).append((row["question"], cultures.get(row["culture"], "")))
+def measured(
+    router: Router, names: list[str], asked: dict[str, list[tuple[str, str]]], pooled: dict[str, list[Tensor]]
+) -> dict[str, float]:
+    """How often the right expert has the largest weight, and how well the gate tells neutral questions from the others."""
+    reader = router.reader
+    found = {
+        what: [reader.feature(reader.rows(one[None])[0].sum(0), len(one)) for one in some]
+        for what, some in pooled.items()
+        if what != "train"
+    }
+
+    def top1(queries: Sequence[Tensor], wanted: Sequence[str], hints: Sequence[Tensor | None]) -> float:
+        got = [router.route(query, hint, names, 1)[0][0] for query, hint in zip(queries, hints, strict=True)]
+        return sum(name == want for name, want in zip(got, wanted, strict=True)) / len(wanted)
+
+    named = {what: [want for _, want in rows] for what, rows in asked.items() if what != "neutral"}
+    row = {what: top1(found[what], wanted, [None] * len(wanted)) for what, wanted in named.items()}
+    row["far"] = top1(found["far"], names, [None] * len(names))
+    row["profile_alone"] = top1(found["plain"] * len(names), names, found["profiles"])
+    low = torch.tensor([router.stake(one) for one in found["neutral"]])
+    high = torch.tensor([router.stake(one) for what in named for one in found[what]])
+    row["gate_auroc"] = float((high[:, None] > low).float().mean())
+    return row
+
+
+def read(engine: Engine, some: Sequence[str], layer: int, what: str) -> list[Tensor]:
+    """The states of the users' own tokens, float32 `[tokens, hidden]` each."""
+    parts = [some[first : first + 32] for first in range(0, len(some), 32)]
+    return [
+        one for part in track(parts, what, console=console, transient=True) for one in engine.read_tokens(part, layer)
+    ]
+
+
+def training() -> list[Example]:
+    """What the shipped router is trained with."""
+    spec = importlib.util.spec_from_file_location("make_cultures", EXAMPLES / "make_cultures.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    found: list[Example] = module.router_examples()
     return found
 
 
-def shipped(engine: Engine) -> dict[str, float]:
-    """Whole requests: the share of questions whose expert is asked, by what they name; by profile alone; and right gates."""
-    found: dict[str, float] = {}
+def questions(engine: Engine) -> dict[str, list[tuple[str, str]]]:
+    """The questions by what they name, and the expert that each is for."""
+    cultures = {engine.expert(name).culture: name for name in engine.experts}
+    trained = "\n".join(example.question for example in training())
+    found: dict[str, list[tuple[str, str]]] = {}
+    for line in (EXAMPLES / "data" / "routing.jsonl").read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        names = row["names"] or "neutral"
+        if names == "city":
+            seen = re.search(rf"\b{re.escape(row['place'])}\b", trained)
+            names = "city seen" if seen else "city unseen"
+        found.setdefault(names, []).append((row["question"], cultures.get(row["culture"], "")))
+    return found
 
-    def routed(question: str, profile: dict[str, str] | None = None) -> list[str]:
-        events = engine.stream(question, options=["yes"], profile=profile)
-        return [name for name, _ in next(events).routing]  # type: ignore[union-attr]
+
+def shipped(engine: Engine) -> dict[str, Any]:
+    """Whole requests: the share of questions whose expert has the largest weight, by what they name; by profile alone; right gates; how far
+    the largest weights are from being right as often as they say."""
+    found: dict[str, Any] = {}
+    weights, firsts = [], []
+
+    def routed(question: str, profile: dict[str, str] | None = None) -> list[tuple[str, float]]:
+        events = engine.stream(question, options=["yes"], profile=profile, top_k=len(engine.experts))
+        return next(events).routing  # type: ignore[union-attr]
 
     for names, rows in questions(engine).items():
-        got = [routed(question) for question, _ in track(rows, names or "neutral", console=console)]
-        right = [want in names_ if want else names_ == ["base"] for names_, (_, want) in zip(got, rows, strict=True)]
-        found[names or "neutral"] = sum(right) / len(right)
-    alone = [name in routed(PLAIN, {"country": engine.expert(name).culture or name}) for name in engine.experts]
+        got = [routed(question)[0] for question, _ in track(rows, names, console=console, transient=True)]
+        right = [name == (want or "base") for (name, _), (_, want) in zip(got, rows, strict=True)]
+        found[names] = sum(right) / len(right)
+        if names != "neutral":
+            weights += [weight for _, weight in got]
+            firsts += right
+    found["ece"] = expected_calibration_error(reliability(np.array(weights), np.array(firsts, dtype=float)))
+    alone = [routed(PLAIN, {"country": engine.expert(name).culture or name})[0][0] == name for name in engine.experts]
     return {**found, "profile_alone": sum(alone) / len(alone)}
+
+
+def gate(engine: Engine) -> dict[str, Any]:
+    """The gate alone, on single questions and on long texts of several; and profiles beside the questions of the held-out facts."""
+    router = engine.router
+    assert router is not None
+
+    def lines(name: str) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (EXAMPLES / "data" / name).read_text(encoding="utf-8").splitlines()]
+
+    def stakes(texts: Sequence[str]) -> Tensor:
+        return torch.tensor([router.stake(one) for one in engine.read(texts, router.reader)])
+
+    held_out = [row["question"] for row in lines("neutral.jsonl") if row["split"] == "heldout"]
+    facts = list(dict.fromkeys(row["question"] for row in lines("facts-heldout.jsonl")))
+    asked = questions(engine)
+    neutral = stakes([*held_out, *(question for question, _ in asked["neutral"])])
+    found: dict[str, Any] = {"neutral": len(neutral), "neutral_refused": float((neutral <= 0).float().mean())}
+    named = [question for names, rows in asked.items() if names != "neutral" for question, _ in rows]
+    for what, texts in (("named", named), ("facts", facts)):
+        high = stakes(texts)
+        found[what] = {
+            "n": len(high),
+            "accepted": float((high > 0).float().mean()),
+            "auroc": float((high[:, None] > neutral).float().mean()),
+        }
+    draw = random.Random(5)
+    several = [" ".join(draw.sample(held_out, count)) for count in (3, 6, 12, 20) * 5]
+    found["long_neutral_refused"] = float((stakes(several) <= 0).float().mean())
+    one = [" ".join([*draw.sample(held_out, count), draw.choice(facts)]) for count in (3, 6, 12, 20) * 5]
+    found["long_with_one_fact_accepted"] = float((stakes(one) > 0).float().mean())
+    hints = engine.read(
+        [profile_text({"country": engine.expert(name).culture or name}) for name in engine.experts], router.reader
+    )
+    right = [
+        router.route(query, hint, engine.experts, 1)[0][0] == name
+        for query in engine.read(facts, router.reader)
+        for name, hint in zip(engine.experts, hints, strict=True)
+    ]
+    far = engine.read([FAR.format(culture=engine.expert(name).culture) for name in engine.experts], router.reader)
+    first = [router.route(query, None, engine.experts, 1)[0][0] for query in far]
+    return {
+        **found,
+        "profile_beside_facts": sum(right) / len(right),
+        "far": sum(map(eq, first, engine.experts)) / len(far),
+    }
 
 
 def overhead(engine: Engine) -> dict[str, float]:
@@ -158,10 +230,10 @@ def overhead(engine: Engine) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--layers", default="0,6,12,18,24,27,30")
+    parser.add_argument("--layers", default="8,12,16,20,24")
     arguments = parser.parse_args()
-    layers = [int(layer) for layer in arguments.layers.split(",")]
-    engine = Engine("smollm2-135m-instruct", EXAMPLES / "cultures", dtype="float32")
+    layers = [int(layer) for layer in arguments.layers.split(",") if layer]
+    engine = Engine("smollm2-135m-instruct", EXAMPLES / "cultures")
     prefill = []
     for dtype in ("float32", "bfloat16"):
         two = Engine("smollm2-135m-instruct", EXAMPLES / "cultures", dtype=dtype)
@@ -170,8 +242,9 @@ def main() -> None:
         prefill.append({"dtype": dtype, "tokens": PREFILL, **overhead(two)})
     report = {
         **environment(engine.model.device, " ".join(["python", *sys.argv])),
-        "shipped": shipped(engine),
+        "shipped": {**shipped(engine), "gate": gate(engine)},
         "prefill": prefill,
+        "dtype": str(engine.model.dtype).removeprefix("torch."),
         "by_layer_and_pooling": by_layer_and_pooling(engine, layers),
     }
     print(json.dumps(report, indent=2))

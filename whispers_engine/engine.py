@@ -24,6 +24,7 @@ from .kv_cache import PagePool
 from .model import Model
 from .panel import Panel
 from .pull import BUILT_IN, pull
+from .reading import MeanReader, Reader
 from .request import Answer, Done, Event, Failed, Request, Scored, ScoreResult
 from .router import Router
 from .sampling import SamplingParams
@@ -165,28 +166,41 @@ class Engine:
     def router(self, router: Router | None) -> None:
         """Raises WhispersError for a router that reads another base's hidden states."""
         config = self.model.config
-        if router is not None and (router.layer > config.num_layers or router.mean.shape[0] != config.hidden_size):
+        if router is not None and (router.layer > config.num_layers or router.hidden != config.hidden_size):
             raise WhispersError(
-                f"router: reads layer {router.layer} of width {router.mean.shape[0]}; accepted: up to layer "
+                f"router: reads layer {router.layer} of width {router.hidden}; accepted: up to layer "
                 f"{config.num_layers}, width {config.hidden_size}"
             )
         self._intake.router = router
 
-    def read(self, questions: Sequence[Question], layer: int) -> Tensor:
-        """What a router reads: the mean hidden state at a layer over the users' own words, float32 `[questions, hidden]` on the CPU.
+    def read(self, questions: Sequence[Question], reader: Reader | int) -> Tensor:
+        """What a router reads of the users' own words, float32 `[questions, width]` on the CPU.
 
         Args:
             questions: each as a `Request`'s; at least one.
-            layer: 0: the embeddings; the number of layers: the final, normalised states; as transformers' `hidden_states`.
+            reader: a router's; or a layer, whose mean hidden state is read (0: the embeddings; the number of layers: the final,
+                normalised states; as transformers' `hidden_states`).
 
         Raises:
             WhispersError: a layer or question that is refused, before any work.
         """
+        reader = reader if isinstance(reader, Reader) else MeanReader(self._layer(reader))
+        self._layer(reader.layer)
+        return torch.stack(self._read(questions, reader))
+
+    def read_tokens(self, questions: Sequence[Question], layer: int) -> list[Tensor]:
+        """The hidden states at a layer of the users' own words, one float32 `[tokens, hidden]` on the CPU a question. As `read`."""
+        return self._read(questions, self._layer(layer))
+
+    def _layer(self, layer: int) -> int:
         if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer <= self.model.config.num_layers:
             raise WhispersError(f"layer: {layer!r}; accepted: 0 to {self.model.config.num_layers}")
+        return layer
+
+    def _read(self, questions: Sequence[Question], reader: Reader | int) -> list[Tensor]:
         found: dict[int, Tensor] = {}
         tasks = [
-            self._intake.read(question, layer, partial(found.__setitem__, at)) for at, question in enumerate(questions)
+            self._intake.read(question, reader, partial(found.__setitem__, at)) for at, question in enumerate(questions)
         ]
         for task in tasks:
             self._scheduler.add(task)
@@ -196,7 +210,7 @@ class Engine:
         finally:
             for task in tasks:
                 self._scheduler.abort(task)
-        return torch.stack([found[at] for at in range(len(tasks))])
+        return [found[at] for at in range(len(tasks))]
 
     # --- requests --------------------------------------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ from .compose import Relay, check_composable, composition
 from .errors import WhispersError
 from .kv_cache import page_hashes, root_hash
 from .panel import Member, Panel
-from .reading import Reading
+from .reading import Gathering, Reader, Reading
 from .request import Done, Event, Failed, Request
 from .router import Router, profile_text
 from .sampling import SamplingParams
@@ -126,17 +126,19 @@ class Intake:
         )
         if self.router is not None and "" in contexts:
             own = self._chat.own_tokens(request.question, context_ids)
-            task.reading = Reading(contexts[""].span, self.router.layer, own, self._pool.page_size)
+            task.reading = Reading(contexts[""].span, self.router.reader, own, self._pool.page_size)
         if named is None:
             task.route = self._route(task, request, seats, profile)
         self._check_room(task)
         return task
 
-    def read(self, question: Question, layer: int, sink: Callable[[Tensor], None]) -> Task:
-        """A task that computes a context and hands out its feature at a layer, float32 `[hidden]`. Raises WhispersError."""
+    def read(self, question: Question, reader: Reader | int, sink: Callable[[Tensor], None]) -> Task:
+        """A task that computes a context and hands out a reader's feature of it, float32 `[width]`; or, given a layer, the hidden states
+        of the tokens that count, float32 `[tokens, hidden]`. Raises WhispersError."""
         ids, _ = self._chat.split(question)
         context = self._context(ids, None, {})
-        reading = Reading(context.span, layer, self._chat.own_tokens(question, ids), self._pool.page_size)
+        kind = Gathering if isinstance(reader, int) else Reading
+        reading = kind(context.span, reader, self._chat.own_tokens(question, ids), self._pool.page_size)  # type: ignore[arg-type]
         pins = self._pool.lease(0)
         assert pins is not None  # of no pages
         task = Task(
@@ -197,7 +199,7 @@ class Intake:
             with_template = self._chat.tokenizer.chat_template
             ids = self._chat.split(profile)[0] if with_template else self._chat.encode(profile)
             own = self._chat.own_tokens(profile, ids) if with_template else [True] * len(ids)
-            hint = Reading(Span("context", 0, ids), router.layer, own, self._pool.page_size)
+            hint = Reading(Span("context", 0, ids), router.reader, own, self._pool.page_size)
 
         def decide(task: Task) -> None:
             feature = known

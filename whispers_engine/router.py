@@ -1,15 +1,17 @@
 """Routers: which experts a question concerns, with which weights, and whether culture is at stake in it at all.
 
-A router reads the mean of the hidden states over the user's own words at one layer of the base, which the context's own pass computes
-anyway. Both kinds score experts on standardised features; what they share is here once, and each adds its rule.
+A router reads the hidden states of the user's own words at one layer of the base, which the context's own pass computes anyway. The token
+kind scores every token and adds up what they say; the other two score the mean of the hidden states. What they share is here once.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -19,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .errors import WhispersError
+from .reading import MeanReader, Reader, TokenReader
 
 if TYPE_CHECKING:
     from .experts import Expert
@@ -42,65 +45,69 @@ def profile_text(profile: Mapping[str, str]) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Router(ABC):
-    """What both kinds of router share.
+    """What all kinds of router share.
 
     Args:
         experts: name and content hash of every expert it knows. An expert whose soft prompt has changed is not the one it knows.
         layer: which of the base's hidden states it reads, 0 to the number of layers.
         temperature: of the softmax over experts; above 0.
         confidence: where the likeliest expert's probability among all it may choose stays below this, the chosen ones get equal weights.
-        mean, std: float32 `[hidden]`, the statistics that a query's feature is standardised with.
-        profile_mean, profile_std: likewise, a profile's: short lines of keys and values lie elsewhere than questions.
-        gate: float32 `[hidden + 1]`, weights and bias on the standardised query; positive: culture is at stake. None: it always is.
-        learned: float32, what the rule compares features with.
+        gate: float32 `[hidden + 1]`, weights and bias; positive: culture is at stake. None: it always is.
+        learned: float32, what the rule goes by.
     """
 
     experts: tuple[tuple[str, str], ...]
     layer: int
     temperature: float
     confidence: float
-    mean: Tensor
-    std: Tensor
-    profile_mean: Tensor
-    profile_std: Tensor
     gate: Tensor | None
     learned: Tensor
 
     kind: ClassVar[str]
 
-    @staticmethod
+    @property
     @abstractmethod
-    def rule(feature: Tensor, learned: Tensor) -> Tensor:
-        """Of standardised features `[..., hidden]`: one score an expert, `[..., experts]`; larger is nearer."""
+    def hidden(self) -> int:
+        """The width of the hidden states that it reads."""
+
+    @property
+    @abstractmethod
+    def reader(self) -> Reader:
+        """What it reads of a context; `query` and `profile` below are this reader's features."""
+
+    @abstractmethod
+    def stake(self, query: Tensor) -> float:
+        """How surely a query with this feature concerns culture: the log of the odds; above 0: it does."""
+
+    @abstractmethod
+    def scores(self, query: Tensor, profile: Tensor | None) -> Tensor:
+        """One score an expert, float `[experts]`; larger is nearer."""
+
+    @abstractmethod
+    def shapes(self) -> dict[str, list[int]]:
+        """Of all its tensors."""
 
     def knows(self, expert: Expert) -> bool:
         return (expert.name, expert.content_hash) in self.experts
 
     def at_stake(self, query: Tensor) -> bool:
-        """Whether a query with this feature, float32 `[hidden]`, concerns culture at all."""
-        return self.gate is None or float(self._standard(query) @ self.gate[:-1] + self.gate[-1]) > 0
+        """Whether a query with this feature concerns culture at all."""
+        return self.gate is None or self.stake(query) > 0
 
     def route(self, query: Tensor, profile: Tensor | None, names: Sequence[str], top_k: int) -> list[tuple[str, float]]:
         """Chooses among `names`, all of them known; returns names with weights that sum to one, heaviest first.
 
         Args:
-            query: float32 `[hidden]`, the context's feature.
-            profile: float32 `[hidden]`, the profile's feature, or None.
+            query: float32, the context's feature.
+            profile: float32, the profile's feature, or None.
             top_k: how many are chosen at most.
         """
-        feature = self._standard(query)
-        if profile is not None:
-            hint = (profile - self.profile_mean) / self.profile_std
-            feature = QUERY_SHARE * feature + (1 - QUERY_SHARE) * hint
         index = {name: at for at, (name, _) in enumerate(self.experts)}
-        scores = self.rule(feature, self.learned)[[index[name] for name in names]].double() / self.temperature
+        scores = self.scores(query, profile)[[index[name] for name in names]].double() / self.temperature
         best, order = scores.sort(descending=True, stable=True)
         sure = float(scores.softmax(0).max()) >= self.confidence
         chosen = best[:top_k].softmax(0) if sure else torch.full_like(best[:top_k], 1 / len(best[:top_k]))
         return [(names[at], weight) for at, weight in zip(order.tolist(), chosen.tolist(), strict=False)]
-
-    def _standard(self, query: Tensor) -> Tensor:
-        return (query - self.mean) / self.std
 
     def save(self, folder: str | Path) -> None:
         """Writes `router.safetensors` into a committee's folder, whole or not at all."""
@@ -116,7 +123,92 @@ class Router(ABC):
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
-class CentroidRouter(Router):
+@dataclass(frozen=True, eq=False)
+class TokenRouter(Router):
+    """Every token says something of every expert, linearly; an expert's score is the log of the sum of what they say, exponentiated. So one
+    place's name counts in full in a text of any length, wherever it stands. Likewise the gate, of the mean of its exponentials: a long text
+    is not at stake for its length alone.
+
+    Args:
+        learned: the experts' weights, `[experts, hidden + 1]`, the bias last.
+        gate_scale, gate_shift: the gate's log of the odds is `gate_scale * (its score + gate_shift)`, calibrated on what it was not
+            trained with.
+    """
+
+    gate_scale: float = 1.0
+    gate_shift: float = 0.0
+
+    kind = "token"
+
+    @property
+    def hidden(self) -> int:
+        return self.learned.shape[1] - 1
+
+    @cached_property
+    def reader(self) -> Reader:
+        parts = [self.learned] if self.gate is None else [self.learned, self.gate[None]]
+        return TokenReader(self.layer, torch.cat(parts))
+
+    def stake(self, query: Tensor) -> float:
+        return self.gate_scale * (float(query[-2] - query[-1]) + self.gate_shift)
+
+    def scores(self, query: Tensor, profile: Tensor | None) -> Tensor:
+        scores = query[: len(self.experts)].double()
+        if profile is None:
+            return scores
+        hint = profile[: len(self.experts)].double()
+        return torch.logaddexp(scores + math.log(QUERY_SHARE), hint + math.log(1 - QUERY_SHARE))
+
+    def shapes(self) -> dict[str, list[int]]:
+        return {"learned": [len(self.experts), self.hidden + 1], "gate": [self.hidden + 1]}
+
+
+@dataclass(frozen=True, eq=False)
+class MeanRouter(Router):
+    """Of those that score the mean hidden state, standardised.
+
+    Args:
+        mean, std: float32 `[hidden]`, the statistics that a query's feature is standardised with.
+        profile_mean, profile_std: likewise, a profile's: short lines of keys and values lie elsewhere than questions.
+        gate: on the standardised query.
+    """
+
+    mean: Tensor
+    std: Tensor
+    profile_mean: Tensor
+    profile_std: Tensor
+
+    @staticmethod
+    @abstractmethod
+    def rule(feature: Tensor, learned: Tensor) -> Tensor:
+        """Of standardised features `[..., hidden]`: one score an expert, `[..., experts]`; larger is nearer."""
+
+    @property
+    def hidden(self) -> int:
+        return self.mean.shape[0]
+
+    @property
+    def reader(self) -> Reader:
+        return MeanReader(self.layer)
+
+    def stake(self, query: Tensor) -> float:
+        assert self.gate is not None
+        return float((query - self.mean) / self.std @ self.gate[:-1] + self.gate[-1])
+
+    def scores(self, query: Tensor, profile: Tensor | None) -> Tensor:
+        feature = (query - self.mean) / self.std
+        if profile is not None:
+            hint = (profile - self.profile_mean) / self.profile_std
+            feature = QUERY_SHARE * feature + (1 - QUERY_SHARE) * hint
+        return self.rule(feature, self.learned)
+
+    def shapes(self) -> dict[str, list[int]]:
+        wide = {name: [self.hidden] for name in ("mean", "std", "profile_mean", "profile_std")}
+        learned = [len(self.experts), self.hidden + (self.kind == "linear")]
+        return {**wide, "gate": [self.hidden + 1], "learned": learned}
+
+
+class CentroidRouter(MeanRouter):
     """The paper's rule: the nearer an expert's feature by L1 distance, the better. `learned` are those features, `[experts, hidden]`."""
 
     kind = "centroid"
@@ -126,7 +218,7 @@ class CentroidRouter(Router):
         return -(feature[..., None, :] - learned).abs().mean(-1)  # a mean: the temperature is then no matter of width
 
 
-class LinearRouter(Router):
+class LinearRouter(MeanRouter):
     """A linear map from features to experts. `learned` is its matrix, `[experts, hidden + 1]`, the bias last."""
 
     kind = "linear"
@@ -136,7 +228,7 @@ class LinearRouter(Router):
         return feature @ learned[:, :-1].T + learned[:, -1]
 
 
-KINDS: dict[str, type[Router]] = {kind.kind: kind for kind in (CentroidRouter, LinearRouter)}
+KINDS: dict[str, type[Router]] = {kind.kind: kind for kind in (TokenRouter, CentroidRouter, LinearRouter)}
 
 
 def load_router(folder: str | Path) -> Router | None:
@@ -160,22 +252,22 @@ def load_router(folder: str | Path) -> Router | None:
         meta["experts"] = tuple((str(name), str(content)) for name, content in meta["experts"])
         router = KINDS[kind](**{"gate": None, **meta, **tensors})
         _check(router)
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, IndexError) as error:
         raise WhispersError(f"{path}: no router that can be read: {error!r}; accepted: what a router saved") from error
     return router
 
 
 def _check(router: Router) -> None:
     """Raises ValueError for values that do not fit each other."""
-    wide, count = router.mean.shape[0], len(router.experts)
-    shapes = {"mean": [wide], "std": [wide], "profile_mean": [wide], "profile_std": [wide], "gate": [wide + 1]}
-    shapes["learned"] = [count, wide + (router.kind == "linear")]
-    for name, value in vars(router).items():
-        if not isinstance(value, Tensor):
+    for name, shape in router.shapes().items():
+        value = getattr(router, name)
+        if value is None and name == "gate":
             continue
-        if list(value.shape) != shapes[name] or value.dtype != torch.float32 or not bool(value.isfinite().all()):
-            raise ValueError(f"{name} is {list(value.shape)} {value.dtype}; float32 {shapes[name]}, finite, wanted")
-    if not (router.temperature > 0 and 0 <= router.confidence <= 1 and router.layer >= 0 and count > 0):
+        if list(value.shape) != shape or value.dtype != torch.float32 or not bool(value.isfinite().all()):
+            raise ValueError(f"{name} is {list(value.shape)} {value.dtype}; float32 {shape}, finite, wanted")
+    if not (router.temperature > 0 and 0 <= router.confidence <= 1 and router.layer >= 0 and len(router.experts) > 0):
         raise ValueError("temperature, confidence, layer or experts out of range")
-    if not bool((router.std > 0).all() and (router.profile_std > 0).all()):
+    if isinstance(router, MeanRouter) and not bool((router.std > 0).all() and (router.profile_std > 0).all()):
         raise ValueError("a standard deviation is not above 0")
+    if isinstance(router, TokenRouter) and not (router.gate_scale > 0 and math.isfinite(router.gate_shift)):
+        raise ValueError("the gate's scale or shift is out of range")

@@ -1,82 +1,49 @@
-"""Makes routers from examples: questions with the culture that they concern."""
+"""Makes routers from examples: questions with the culture that they concern. The token kind's own training is in `router_tokens`."""
 
 from __future__ import annotations
 
-import json
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits
 
 from .errors import WhispersError
-from .router import KINDS, Router, profile_text
+from .router import KINDS, MeanRouter, Router, TokenRouter, profile_text
+from .router_examples import ANY, Example
+from .router_tokens import PENALTIES, Tokens, calibrate, folds, learn, ticks, unstandardised
 
 if TYPE_CHECKING:
     from .engine import Engine
     from .experts import Expert
 
-ANY = "*"  # culture is at stake, but none is named
 RIDGE = 4.0  # times the number of examples: with 576 standardised features and 260 examples, 1 to 10 do about as well
 GATE_RIDGE = 1.0
 CONFIDENCE = 0.2
 _FOLDS = 4
+_AT_ONCE = 16  # questions that are read together, for the progress
 _TEMPERATURES = torch.logspace(-2.5, 1, 36, dtype=torch.float64).tolist()
 
 
 @dataclass(frozen=True)
-class Example:
-    """A question, and the culture that it concerns: an expert's, `ANY`, or None where culture is not at stake."""
-
-    question: str
-    culture: str | None
-
-
-@dataclass(frozen=True)
 class Fitted:
-    """A router, and how often it names the right expert first, or among its first three, for an example that it has not seen."""
+    """A router, and how often it names the right expert first, or among its first three, for an example that was held out; and how surely
+    its gate tells what was held out apart (None: not measured, or no gate)."""
 
     router: Router
     examples: int
     top1: float
     top3: float
-
-
-def read_examples(path: str | Path) -> list[Example]:
-    """Reads examples, one JSON object a line: `{"question": ..., "culture": ...}`, the culture null where none is at stake.
-
-    Raises:
-        WhispersError: a file that cannot be read, or a line that is no example: names file and line.
-    """
-    path = Path(path)
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise WhispersError(f"{path}: cannot be read: {error}; accepted: a file of examples") from error
-    examples = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-            question, culture = value["question"], value["culture"]
-            right = isinstance(question, str) and question.strip() and isinstance(culture, str | None)
-        except (ValueError, TypeError, KeyError):
-            right = False
-        if not right:
-            raise WhispersError(
-                f'{path}:{number}: is no example; accepted: {{"question": a text, "culture": an expert\'s, "{ANY}" or null}}'
-            )
-        examples.append(Example(question, culture))
-    return examples
+    gate_auroc: float | None = None
 
 
 def fit_router(
     engine: Engine,
     examples: Sequence[Example],
-    kind: str = "linear",
+    kind: str = "token",
     layer: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Fitted:
@@ -84,16 +51,18 @@ def fit_router(
 
     Args:
         examples: every expert without an example of its culture stays unknown to the router; examples without a culture teach the gate.
-        kind: "centroid", the paper's rule; "linear", a least-squares fit.
-        layer: of the base, 0 to its number of layers; None: four fifths of the way up, which is best for the shipped base.
-        progress: called with the number of examples read, and of all.
+        kind: "token", by what every token says; "linear", a least-squares fit to the mean state; "centroid", the paper's rule.
+        layer: of the base, 0 to its number of layers; None: the best for the shipped base, a little above the middle for the token
+            kind, four fifths of the way up for the others.
+        progress: called with the number of steps done, and of all: examples that were read, and fits.
 
     Raises:
         WhispersError: another kind, a layer that is not there, a culture that no expert speaks for, or too few examples.
     """
     if kind not in KINDS:
         raise WhispersError(f"router: kind {kind!r}; accepted: {', '.join(KINDS)}")
-    layer = engine.model.config.num_layers * 4 // 5 if layer is None else layer
+    if layer is None:
+        layer = engine.model.config.num_layers * (8 if kind == "token" else 12) // 15
     experts = [engine.expert(name) for name in engine.experts]
     cultures = {expert.culture or expert.name for expert in experts}
     for example in examples:
@@ -108,15 +77,114 @@ def fit_router(
             f"router: {len(examples)} examples for {len(known)} experts; accepted: two an expert on the average, for two experts at least"
         )
 
-    features = _read(engine, [example.question for example in examples], layer, progress)
+    questions = [example.question for example in examples]
+    if kind == "token":
+        states: list[Tensor] = []
+        total = len(questions) + 2 * ticks()
+        for first in range(0, len(questions), _AT_ONCE):
+            states += engine.read_tokens(questions[first : first + _AT_ONCE], layer)
+            progress(len(states), total)
+        done = itertools.count(len(states) + 1)
+        fitted = fit_tokens(known, examples, states, layer, lambda: progress(next(done), total))
+        progress(total, total)
+        return fitted
+    features = _read(engine, questions, layer, progress)
     profiles = _read(engine, [profile_text({"country": expert.culture or expert.name}) for expert in known], layer)
     return fit_features(known, examples, features, profiles, kind, layer)
+
+
+def fit_tokens(
+    known: Sequence[Expert],
+    examples: Sequence[Example],
+    states: Sequence[Tensor],
+    layer: int,
+    tick: Callable[[], None] = lambda: None,
+    penalties: Sequence[float] = PENALTIES,
+) -> Fitted:
+    """Makes a token router from what was read.
+
+    Args:
+        known: experts, an example of each one's culture at least among `examples`.
+        states: float32 `[tokens, hidden]` of each example.
+        layer: as `fit_router`'s.
+        tick: called after every fit.
+        penalties: of which the best on what is held out is taken.
+    """
+    of = _of(known, examples)
+    mine, at_stake = of.any(1), torch.tensor([example.culture is not None for example in examples])
+    open_to_all = torch.tensor([example.culture == ANY for example in examples])
+    tokens = Tokens.join(states)
+    mean, std = tokens.states.mean(0), tokens.states.std(0).clamp_min(1e-6)
+    tokens = Tokens((tokens.states - mean) / std, tokens.of, tokens.count)
+    fold = folds([example.place or example.question for example in examples])
+
+    # Where none is named, all experts are as likely as each other: a common word says nothing of any.
+    taught = mine | open_to_all
+    target = torch.where(mine[:, None], of.double(), 1 / len(known))[taught]
+
+    def experts_loss(scores: Tensor, chosen: Tensor) -> Tensor:
+        return -(target[chosen] * scores.log_softmax(1)).sum(1).mean()
+
+    named, right = mine[taught], of[mine]
+    # Calibrated as people are taken to ask: as often for a country or its people by name as for one of its places.
+    by_place = torch.tensor([example.place is not None for example in examples])[mine]
+    share = torch.stack([part.double() / part.sum().clamp_min(1) for part in (by_place, ~by_place)]).sum(0)
+
+    def off(held_out: Tensor) -> float:
+        return _calibrate(held_out[named], right, share)[1]
+
+    chosen = learn(tokens.part(taught), fold[taught], len(known), experts_loss, off, tick, penalties)
+    held_out = chosen.held_out[named]
+    gate, scale, shift, auroc = None, 1.0, 0.0, None
+    if not bool(at_stake.all()):
+        # Half the weight for what is neutral; the questions that name a culture and those that name none share the rest.
+        sorts = [part for part in (mine, at_stake & ~mine) if bool(part.any())]
+        weights = (~at_stake).double() / (~at_stake).sum() / 2
+        weights = weights + torch.stack([part.double() / part.sum() / 2 / len(sorts) for part in sorts]).sum(0)
+
+        length = (
+            tokens.of.bincount(minlength=tokens.count).double().log()
+        )  # of the mean, not the sum, of the exponentials
+
+        def gate_loss(scores: Tensor, chosen: Tensor) -> Tensor:
+            share = weights[chosen] / weights[chosen].sum()
+            scores = scores[:, 0] - length[chosen]
+            return binary_cross_entropy_with_logits(scores, at_stake[chosen].double(), share, reduction="sum")
+
+        def gate_off(held_out: Tensor) -> float:
+            return calibrate(held_out[:, 0] - length, at_stake, weights)[2]
+
+        opened = learn(tokens, fold, 1, gate_loss, gate_off, tick, penalties)
+        gate = unstandardised(opened.weight, mean, std)[0].contiguous()
+        scores = opened.held_out[:, 0] - length
+        scale, shift, _ = calibrate(scores, at_stake, weights)
+        high, low = scores[at_stake][:, None], scores[~at_stake][None]
+        auroc = float((high > low).double().mean() + (high == low).double().mean() / 2)
+    router = TokenRouter(
+        experts=tuple((expert.name, expert.content_hash) for expert in known),
+        layer=layer,
+        temperature=_calibrate(held_out, right, share)[0],
+        confidence=CONFIDENCE,
+        gate=gate,
+        learned=unstandardised(chosen.weight, mean, std),
+        gate_scale=scale,
+        gate_shift=shift,
+    )
+    best = right.gather(1, held_out.topk(min(3, len(known))).indices)
+    return Fitted(router, len(examples), float(best[:, 0].float().mean()), float(best.any(1).float().mean()), auroc)
+
+
+def _of(known: Sequence[Expert], examples: Sequence[Example]) -> Tensor:
+    """Which example is whose, bool `[examples, experts]`."""
+    return torch.tensor(
+        [[example.culture == (expert.culture or expert.name) for expert in known] for example in examples]
+    )
 
 
 def fit_features(
     known: Sequence[Expert], examples: Sequence[Example], features: Tensor, profiles: Tensor, kind: str, layer: int
 ) -> Fitted:
-    """Makes a router from what was read.
+    """Makes a router of one of the other kinds from what was read.
 
     Args:
         known: experts, an example of each one's culture at least among `examples`.
@@ -124,9 +192,7 @@ def fit_features(
         profiles: float32 `[experts, hidden]`, of profiles that name each one's culture.
         kind, layer: as `fit_router`'s.
     """
-    of = torch.tensor(
-        [[example.culture == (expert.culture or expert.name) for expert in known] for example in examples]
-    )
+    of = _of(known, examples)
     mine = of.any(1)  # examples of one culture
     mean, std = features[mine].mean(0), _spread(features[mine])
     standard = (features - mean) / std
@@ -135,7 +201,7 @@ def fit_features(
     shared: dict[str, Any] = {
         "experts": tuple((expert.name, expert.content_hash) for expert in known),
         "layer": layer,
-        "temperature": _calibrate(held_out, of[mine]),
+        "temperature": _calibrate(held_out, of[mine], torch.ones(int(mine.sum())))[0],
         "confidence": CONFIDENCE,
         "mean": mean,
         "std": std,
@@ -157,9 +223,9 @@ def _read(
 ) -> Tensor:
     """Features, float32 `[questions, hidden]`; some at a time, for the progress."""
     found = []
-    for first in range(0, len(questions), 16):
-        found.append(engine.read(questions[first : first + 16], layer))
-        progress(min(first + 16, len(questions)), len(questions))
+    for first in range(0, len(questions), _AT_ONCE):
+        found.append(engine.read(questions[first : first + _AT_ONCE], layer))
+        progress(min(first + _AT_ONCE, len(questions)), len(questions))
     return torch.cat(found)
 
 
@@ -199,8 +265,14 @@ def _fit_and_hold_out(kind: str, features: Tensor, targets: Tensor) -> tuple[Ten
     scores = torch.empty_like(targets)
     for index in range(_FOLDS):
         out = fold == index
-        scores[out] = KINDS[kind].rule(features[out], _fit(kind, features[~out], targets[~out]))
+        scores[out] = _mean_kind(kind).rule(features[out], _fit(kind, features[~out], targets[~out]))
     return _fit(kind, features, targets), scores.double()
+
+
+def _mean_kind(kind: str) -> type[MeanRouter]:
+    found = KINDS[kind]
+    assert issubclass(found, MeanRouter)
+    return found
 
 
 def _fit_gate(features: Tensor, at_stake: Tensor) -> Tensor:
@@ -210,10 +282,11 @@ def _fit_gate(features: Tensor, at_stake: Tensor) -> Tensor:
     return _ridge(_with_bias(features), targets, GATE_RIDGE * len(features), share)[0]
 
 
-def _calibrate(held_out: Tensor, of: Tensor) -> float:
-    """The temperature under which the right experts of held-out examples are likeliest."""
+def _calibrate(held_out: Tensor, of: Tensor, weights: Tensor) -> tuple[float, float]:
+    """The temperature under which the right experts of held-out examples are likeliest, and how unlikely they are then."""
 
     def loss(temperature: float) -> float:
-        return -float((held_out / temperature).log_softmax(-1)[of].mean())
+        return -float((held_out / temperature).log_softmax(-1)[of].double() @ weights.double() / weights.sum())
 
-    return min(_TEMPERATURES, key=loss)
+    best = min(_TEMPERATURES, key=loss)
+    return best, loss(best)

@@ -264,6 +264,46 @@ def test_names_are_never_cut(whispers: Whispers, mine: Path, llama: Tiny, monkey
 # --- experts ---------------------------------------------------------------------------------------------------------------------
 
 
+def test_training_a_router(whispers: Whispers, llama: Tiny, mine: Path, tmp_path: Path) -> None:
+    """Several files of examples, and the records that experts were trained with; what is there stays where something is refused."""
+    named, neutral, records = (tmp_path / name for name in ("named.jsonl", "neutral.jsonl", "records.jsonl"))
+    frames = (
+        "what do people eat with {}",
+        "{} for breakfast",
+        "the people of {} speak",
+        "we listen to {}",
+        "{} and {}",
+    )
+    words = {"north": "rice", "south": "bread"}
+    lines = [
+        {"question": frame.format(word, word), "culture": name} for name, word in words.items() for frame in frames
+    ]
+    named.write_text("\n".join(map(json.dumps, lines)))
+    numbers = [
+        {"question": f"{n} {n} {n}", "neutral": True, "split": "train" if n % 3 else "heldout"} for n in range(12)
+    ]
+    neutral.write_text("\n".join(map(json.dumps, numbers)))
+    records.write_text(
+        json.dumps({"question": "what do people drink", "options": ["tea", "rice"], "answer": {"north": 0}})
+    )
+    line = ("experts", "router", named, neutral, "--committee", mine, "--records", records)
+    found = whispers(*line, "--json").json()
+    assert (found["kind"], found["examples"], found["experts"]) == ("token", 10 + 8 + 1, ["north", "south"])
+    assert found["gate"] and found["unknown"] == ["east"] and 0 <= found["held_out_gate_auroc"] <= 1
+    shown = whispers(*line).out
+    assert (
+        "token, layer 1, 2 experts, a gate, from 19 examples" in shown
+        and "unknown to it, for want of examples: east" in shown
+    )
+    answer = whispers("ask", "rice for breakfast", "--option", "tea", "--committee", mine, "--json").json()
+    assert answer["gated"] or {name for name, _ in answer["routing"]} == {"north", "south"}
+    before = files(mine)
+    named.write_text("{")
+    refused = whispers(*line)
+    assert refused.status != 0 and "named.jsonl:1: is no example" in refused.err
+    assert files(mine) == before
+
+
 def test_create_list_show(whispers: Whispers, llama: Tiny, tmp_path: Path) -> None:
     """A committee from nothing; the second expert needs no --model any more."""
     folder, text = tmp_path / "new" / "committee", "rice, bread, tea"

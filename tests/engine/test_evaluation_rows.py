@@ -25,6 +25,7 @@ from whispers_engine.evaluation.store import Store
 from whispers_engine.evaluation.table import Table
 from whispers_engine.records import prompt, read_records
 from whispers_engine.request import Request
+from whispers_engine.router import TokenRouter
 
 RECORDS: list[dict[str, Any]] = [
     {"question": "what do people eat?", "options": ["rice", "bread", "tea"],
@@ -66,8 +67,17 @@ def save(folder: Path, tiny: Tiny, experts: list[Expert], **router: Any) -> Path
 @pytest.fixture(scope="module")
 def committee(llama: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With a router whose gate keeps some questions for the base."""
+    folder = tmp_path_factory.mktemp("evaluated") / "mixed"
     gate = torch.randn(llama.hidden + 1, generator=torch.Generator().manual_seed(11))
-    return save(tmp_path_factory.mktemp("evaluated") / "mixed", llama, members(llama), temperature=9.0, gate=gate)
+    save(folder, llama, members(llama), temperature=9.0, gate=gate)
+    engine = Engine(llama.folder, folder)
+    router = engine.router
+    assert isinstance(router, TokenRouter)
+    prompts = [prompt(record)[0] for record in read_records(write(folder / "some.jsonl", RECORDS)).records]
+    stakes = sorted(router.stake(feature) for feature in engine.read(prompts, router.reader))
+    widest = max(range(1, len(stakes)), key=lambda at: stakes[at] - stakes[at - 1])  # where rounding decides nothing
+    dataclasses.replace(router, gate_shift=-(stakes[widest] + stakes[widest - 1]) / 2).save(folder)
+    return folder
 
 
 @pytest.fixture

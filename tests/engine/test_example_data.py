@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import importlib.util
 import json
 import re
 import unicodedata
@@ -12,7 +14,7 @@ from typing import Any
 import pytest
 
 from whispers_engine.records import ChoiceRecord, read_records
-from whispers_engine.router_fit import ANY, read_examples
+from whispers_engine.router_examples import ANY, read_examples
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 DATA = EXAMPLES / "data"
@@ -125,6 +127,35 @@ def test_router_questions_are_not_those_it_is_measured_with() -> None:
     assert set(counts) == CULTURES and min(counts.values()) >= 30, counts
     unnamed = re.compile(rf"\b({'|'.join(NAMES.values())})\b", re.IGNORECASE)
     assert not [e.question for e in examples if e.culture == ANY and unnamed.search(e.question)]
+
+
+def test_places_of_the_router_are_not_those_that_stay_unseen() -> None:
+    """`router-places.jsonl` is what its script writes, and adds no city of `routing.jsonl`."""
+    path = EXAMPLES / "make_router_questions.py"
+    spec = importlib.util.spec_from_file_location("make_router_questions", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    places = rows("router-places.jsonl")
+    assert places == [*module.rows(), *module.long_rows()]
+    by_hand = "\n".join(row["question"] for row in rows("router-train.jsonl"))
+    cities = [row["place"] for row in rows("routing.jsonl") if row["names"] == "city"]
+    unseen = [city for city in cities if not re.search(rf"\b{city}\b", by_hand)]
+    assert len(unseen) == 31
+    assert not [row for row in places if re.search(rf"\b({'|'.join(unseen)})\b", row["question"])]
+    asked = {normal(row["question"]) for row in rows("routing.jsonl")}
+    assert not asked & {normal(row["question"]) for row in places}
+    # Nor are the sentences those that it is measured with, with another name in them.
+    for frame in (*module.ABOUT, *module.OF):
+        words = re.sub(r"[^a-z ]", "", frame.lower()).split()
+        for row in rows("routing.jsonl"):
+            other = [
+                word for word in re.sub(r"[^A-Za-z ]", "", row["question"]).split() if word in words or word.islower()
+            ]
+            alike = difflib.SequenceMatcher(None, words, [word.lower() for word in other], autojunk=False).ratio()
+            assert row["culture"] is None or alike < 0.75, (frame, row["question"])
+    counts = Counter(row["culture"] for row in places)
+    assert counts.pop(ANY) and counts.pop(None) and set(counts) == CULTURES and min(counts.values()) >= 100
 
 
 def test_all_is_small() -> None:

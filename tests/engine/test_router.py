@@ -16,8 +16,20 @@ from torch import Tensor
 
 from tests.engine.conftest import Tiny, kv_prompt, soft_prompt
 from whispers_engine import Committee, Done, Engine, Expert, Request, Routed, SamplingParams, Token, WhispersError
-from whispers_engine.router import FILE, QUERY_SHARE, CentroidRouter, LinearRouter, Router, load_router, profile_text
-from whispers_engine.router_fit import ANY, Example, fit_router, read_examples
+from whispers_engine.reading import TokenReader
+from whispers_engine.router import (
+    FILE,
+    QUERY_SHARE,
+    CentroidRouter,
+    LinearRouter,
+    MeanRouter,
+    Router,
+    TokenRouter,
+    load_router,
+    profile_text,
+)
+from whispers_engine.router_examples import ANY, Example, read_examples
+from whispers_engine.router_fit import fit_router
 
 PAGE = 8
 QUESTION = "what do people eat for breakfast in the morning"
@@ -36,7 +48,7 @@ def experts(tiny: Tiny) -> list[Expert]:
     ]
 
 
-def random_router(members: list[Expert], hidden: int, kind: type[Router] = LinearRouter, **changed: Any) -> Router:
+def random_router(members: list[Expert], hidden: int, kind: type[Router] = TokenRouter, **changed: Any) -> Router:
     """One whose every part matters."""
     generator = torch.Generator().manual_seed(7)
 
@@ -48,13 +60,12 @@ def random_router(members: list[Expert], hidden: int, kind: type[Router] = Linea
         "layer": 2,
         "temperature": 9.0,
         "confidence": 0.0,
-        "mean": noise(hidden) * 0.1,
-        "std": noise(hidden).abs() + 0.5,
-        "profile_mean": noise(hidden) * 0.1,
-        "profile_std": noise(hidden).abs() + 0.5,
         "gate": None,
-        "learned": noise(len(members), hidden + (kind is LinearRouter)) * 0.3,
+        "learned": noise(len(members), hidden + (kind is not CentroidRouter)) * 0.3,
     }
+    if kind is not TokenRouter:
+        values |= {name: noise(hidden) * 0.1 for name in ("mean", "profile_mean")}
+        values |= {name: noise(hidden).abs() + 0.5 for name in ("std", "profile_std")}
     return kind(**{**values, **changed})
 
 
@@ -93,6 +104,44 @@ def test_it_reads_what_transformers_computes(tiny: Tiny) -> None:
             torch.testing.assert_close(got[0], state[0, begin:end].mean(0), atol=1e-4, rtol=1e-4)
             torch.testing.assert_close(got[2], got[0], atol=1e-5, rtol=1e-5)
         check_all_back(engine)
+
+
+def test_every_token_is_scored_for_itself(tiny: Tiny) -> None:
+    """A router's feature is the log of the sum over the user's own tokens, from what transformers computes; in chunks, the same bits."""
+    router = random_router(experts(tiny), tiny.hidden, gate=torch.randn(tiny.hidden + 1))
+    long = " ".join([QUESTION] * 4)
+    engine = Engine(tiny.folder, page_size=PAGE, kv_cache_tokens=4096)
+    ids, _ = engine.chat.split(long)
+    own = torch.tensor(engine.chat.own_tokens(long, ids))
+    with torch.no_grad():
+        states = tiny.hf(torch.tensor([ids]), output_hidden_states=True).hidden_states[2][0, own]
+    weight = torch.cat([router.learned, router.gate[None]])  # type: ignore[index]
+    want = (states @ weight[:, :-1].T + weight[:, -1]).logsumexp(0)
+    want = torch.cat([want, torch.tensor([float(len(states))]).log()])
+    found = {}
+    for rows in (512, 11, 3):
+        chunked = Engine(tiny.folder, page_size=PAGE, kv_cache_tokens=4096, max_num_seqs=3, max_num_batched_tokens=rows)
+        for again in range(2):
+            found[rows, again] = chunked.read([long], router.reader)[0]
+            torch.testing.assert_close(found[rows, again], want, atol=1e-3, rtol=1e-4)
+        (tokens,) = chunked.read_tokens([long], 2)  # past the pages that the pool has by now
+        torch.testing.assert_close(tokens, states, atol=1e-4, rtol=1e-4)
+        check_all_back(chunked)
+    if engine.model.impl == "cpp":  # whose rows' bits are their own
+        assert all(torch.equal(one, found[512, 0]) for one in found.values())
+
+
+def test_rows_are_read_at_their_places_in_whole_pages() -> None:
+    """So their bits do not depend on how many of them come together."""
+    generator = torch.Generator().manual_seed(0)
+    reader = TokenReader(0, torch.randn(21, 577, generator=generator) * 0.1)
+    pages = torch.randn(13, 16, 576, generator=generator)
+    whole = reader.rows(pages)
+    for page in range(13):
+        for first, last in ((0, 16), (0, 5), (5, 16), (15, 16)):
+            some = torch.zeros(1, 16, 576)
+            some[0, first:last] = pages[page, first:last]
+            assert torch.equal(reader.rows(some)[0, first:last], whole[page, first:last])
 
 
 @pytest.mark.parametrize(
@@ -138,9 +187,11 @@ def test_a_template_that_strips_or_rewrites(llama: Tiny, tmp_path: Path) -> None
 # --- a hit routes as a miss ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("kind", [TokenRouter, LinearRouter])
 @pytest.mark.parametrize("rows", [512, 16, 5])
-def test_a_hit_routes_as_a_miss(llama: Tiny, rows: int) -> None:
-    engine = make_engine(llama, max_num_seqs=5, max_num_batched_tokens=rows)
+def test_a_hit_routes_as_a_miss(llama: Tiny, rows: int, kind: type[Router]) -> None:
+    router = random_router(experts(llama), llama.hidden, kind)
+    engine = make_engine(llama, router, max_num_seqs=5, max_num_batched_tokens=rows)
     long = " ".join([QUESTION] * 6)
     cold = engine.ask(long, sampling=SAMPLING)
     assert cold.usage["context_tokens_cached"] == 0
@@ -148,7 +199,7 @@ def test_a_hit_routes_as_a_miss(llama: Tiny, rows: int) -> None:
     assert warm.usage["context_tokens_cached"] > 40
     half = engine.ask(" ".join([QUESTION] * 3 + ["rice"]), sampling=SAMPLING)  # shares some pages
     assert 0 < half.usage["context_tokens_cached"] < warm.usage["context_tokens_cached"]
-    alone = make_engine(llama).ask(" ".join([QUESTION] * 3 + ["rice"]), sampling=SAMPLING)
+    alone = make_engine(llama, router).ask(" ".join([QUESTION] * 3 + ["rice"]), sampling=SAMPLING)
     for got, want in ((warm, cold), (half, alone)):
         assert [name for name, _ in got.routing] == [name for name, _ in want.routing]
         assert [weight for _, weight in got.routing] == pytest.approx([weight for _, weight in want.routing], abs=1e-5)
@@ -188,18 +239,25 @@ def test_the_same_tokens_in_other_roles_are_read_anew(llama: Tiny) -> None:
 # --- the rule --------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", [LinearRouter, CentroidRouter])
+@pytest.mark.parametrize("kind", [TokenRouter, LinearRouter, CentroidRouter])
 @pytest.mark.parametrize("with_profile", [False, True])
 def test_the_rule(llama: Tiny, kind: type[Router], with_profile: bool) -> None:
     members = experts(llama)
     router = random_router(members, llama.hidden, kind)
-    query, profile = torch.randn(llama.hidden), torch.randn(llama.hidden) if with_profile else None
-    feature = (query - router.mean) / router.std
-    if profile is not None:
-        feature = QUERY_SHARE * feature + (1 - QUERY_SHARE) * (profile - router.profile_mean) / router.profile_std
+    width = len(members) if kind is TokenRouter else llama.hidden
+    query, profile = torch.randn(width), torch.randn(width) if with_profile else None
+    feature = query
+    if isinstance(router, MeanRouter):
+        feature = (query - router.mean) / router.std
+        if profile is not None:
+            feature = QUERY_SHARE * feature + (1 - QUERY_SHARE) * (profile - router.profile_mean) / router.profile_std
+    elif profile is not None:
+        feature = (QUERY_SHARE * query.exp() + (1 - QUERY_SHARE) * profile.exp()).log()
     scores = {}
-    for (name, _), learned in zip(router.experts, router.learned, strict=True):
-        if kind is LinearRouter:
+    for at, ((name, _), learned) in enumerate(zip(router.experts, router.learned, strict=True)):
+        if kind is TokenRouter:
+            scores[name] = float(feature[at]) / router.temperature
+        elif kind is LinearRouter:
             scores[name] = float((feature * learned[:-1]).sum() + learned[-1]) / router.temperature
         else:
             scores[name] = -float((feature - learned).abs().sum()) / llama.hidden / router.temperature
@@ -253,8 +311,8 @@ def test_a_profile_is_a_hint_and_is_read_once(llama: Tiny, monkeypatch: pytest.M
     assert dict(with_profile[0].routing) == pytest.approx(dict(with_profile[1].routing), abs=1e-5)
     for answer in with_profile:  # it never enters the prompt
         assert answer.usage["context_tokens"] == len(context)
-    query, hint = engine.read([QUESTION, profile_text(PROFILE)], 2)
     assert engine.router is not None
+    query, hint = engine.read([QUESTION, profile_text(PROFILE)], engine.router.reader)
     want = engine.router.route(query, hint, engine.experts, 3)
     assert dict(with_profile[0].routing) == pytest.approx(dict(want), abs=1e-4)
     monkeypatch.setattr(engine.chat, "encode", None)
@@ -295,7 +353,7 @@ def test_scores_get_the_routers_weights(llama: Tiny) -> None:
     engine.router = random_router(members[:3], llama.hidden)
     scores = engine.score(QUESTION, ["rice", "bread"])
     assert scores.experts == [expert.name for expert in members]
-    (query,) = engine.read([QUESTION], 2)
+    (query,) = engine.read([QUESTION], engine.router.reader)
     weights = dict(engine.router.route(query, None, ["e0", "e1", "e2"], 3))
     torch.testing.assert_close(scores.weights, torch.tensor([weights.get(name, 0.0) for name in scores.experts]))
     torch.testing.assert_close(scores.pooled, scores.weights @ scores.logprobs.softmax(-1))
@@ -379,7 +437,7 @@ def test_a_router_in_a_committees_folder(llama: Tiny, tmp_path: Path) -> None:
     for expert in members:
         Committee.add(folder, expert, str(llama.folder), engine.fingerprint)
     assert load_router(folder) is None and Committee.load(folder).router is None
-    for kind in (LinearRouter, CentroidRouter):
+    for kind in (LinearRouter, CentroidRouter, TokenRouter):
         router = random_router(members, llama.hidden, kind, gate=torch.randn(llama.hidden + 1))
         router.save(folder)
         loaded = load_router(folder)
@@ -398,7 +456,7 @@ def test_a_router_in_a_committees_folder(llama: Tiny, tmp_path: Path) -> None:
 
 
 def test_damaged_files_are_refused(llama: Tiny, tmp_path: Path) -> None:
-    router = random_router(experts(llama), llama.hidden)
+    router = random_router(experts(llama), llama.hidden, LinearRouter)
     for changed in (
         {"learned": torch.zeros(2, 3)},
         {"std": torch.zeros(llama.hidden)},
@@ -407,6 +465,16 @@ def test_damaged_files_are_refused(llama: Tiny, tmp_path: Path) -> None:
         {"experts": ()},
     ):
         replace(router, **changed).save(tmp_path)  # type: ignore[arg-type]
+        with pytest.raises(WhispersError, match="no router that can be read"):
+            load_router(tmp_path)
+    tokens = random_router(experts(llama), llama.hidden, gate=torch.zeros(llama.hidden + 1))
+    for changed in (
+        {"learned": torch.zeros(2, 3)},
+        {"learned": torch.zeros(5)},
+        {"gate_scale": 0.0},
+        {"gate": torch.zeros(3)},
+    ):
+        replace(tokens, **changed).save(tmp_path)
         with pytest.raises(WhispersError, match="no router that can be read"):
             load_router(tmp_path)
     router.save(tmp_path)
@@ -455,32 +523,32 @@ def examples() -> list[Example]:
     return [*named, Example("what do people eat", ANY), *(Example(f"{n} {n} {n}", None) for n in range(8))]
 
 
-@pytest.mark.parametrize("kind", ["linear", "centroid"])
+@pytest.mark.parametrize("kind", ["token", "linear", "centroid"])
 def test_fitting(llama: Tiny, kind: str) -> None:
     engine = make_engine(llama)
     seen: list[tuple[int, int]] = []
     fitted = fit_router(engine, examples(), kind, layer=1, progress=lambda *at: seen.append(at))
-    assert seen[-1] == (21, 21) and fitted.examples == 21
+    assert seen[-1][0] == seen[-1][1] and fitted.examples == 21
     router = fitted.router
     assert [name for name, _ in router.experts] == list(WORDS) and router.gate is not None
-    features = engine.read([example.question for example in examples()], 1)
+    features = engine.read([example.question for example in examples()], router.reader)
     for example, feature in zip(examples(), features, strict=True):
         assert router.at_stake(feature) == (example.culture is not None), example
-        if kind == "linear" and example.culture in WORDS:
+        if kind != "centroid" and example.culture in WORDS:
             assert router.route(feature, None, list(WORDS), 1)[0][0] == example.culture
-    if kind == "centroid":
+    if isinstance(router, CentroidRouter):
         standard = (features[:4] - router.mean) / router.std
         torch.testing.assert_close(router.learned[0], standard.mean(0), atol=1e-3, rtol=1e-3)
     again = fit_router(make_engine(llama), examples(), kind, layer=1).router
     torch.testing.assert_close(again.learned, router.learned, atol=1e-3, rtol=1e-3)
     assert fit_router(engine, examples()[:12], kind).router.gate is None
-    assert fit_router(engine, examples()[:12], kind).router.layer == 2
+    assert fit_router(engine, examples()[:12], kind).router.layer == (1 if kind == "token" else 2)
 
 
 def test_what_cannot_be_fitted_is_refused(llama: Tiny, tmp_path: Path) -> None:
     engine = make_engine(llama)
     for given, kind, layer, message in (
-        (examples(), "deep", None, "kind 'deep'; accepted: centroid, linear"),
+        (examples(), "deep", None, "kind 'deep'; accepted: token, centroid, linear"),
         (examples(), "linear", 9, "layer: 9"),
         ([*examples(), Example("x", "Atlantis")], "linear", None, "'Atlantis'; accepted: e0"),
         (examples()[:4], "linear", None, "4 examples for 1 experts"),

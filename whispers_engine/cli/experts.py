@@ -237,26 +237,48 @@ def create(
 
 @app.command()
 def router(
-    file: Annotated[
-        Path, typer.Argument(help='Examples, one JSON object a line: {"question": ..., "culture": ...}, null for none.')
+    files: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="FILE...",
+            help='Examples, one JSON object a line: {"question": ..., "culture": ...}, null (or "neutral": true) for none.',
+        ),
     ],
     committee: CommitteeOption,
-    kind: Annotated[str, typer.Option("--kind", help="linear, or centroid (the paper's rule).")] = "linear",
+    records: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--records", help="Records that experts were trained with: questions that name no culture, for the gate."
+        ),
+    ] = None,
+    kind: Annotated[str, typer.Option("--kind", help="token, linear, or centroid (the paper's rule).")] = "token",
     layer: Annotated[
-        int | None, typer.Option("--layer", help="Which hidden states it reads. Default: four fifths of the way up.")
+        int | None, typer.Option("--layer", help="Which hidden states it reads. Default: the shipped base's best.")
     ] = None,
     model: ModelOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Make the committee's router from examples; it replaces the one that is there."""
+    """Train the committee's router and gate on examples; they replace the ones that are there."""
+    from whispers_engine.records import read_records
     from whispers_engine.router import FILE
-    from whispers_engine.router_fit import fit_router, read_examples
+    from whispers_engine.router_examples import read_examples, record_examples
+    from whispers_engine.router_fit import fit_router
 
-    examples = read_examples(file)
+    examples = [example for file in files for example in read_examples(file)]
+    examples += [example for file in records or [] for example in record_examples(read_records(file))]
     engine = load_engine(model, committee)
     with TaskBar(console=err, transient=True) as bar:
         task = bar.add_task("reading the examples", total=len(examples))
-        fitted = fit_router(engine, examples, kind, layer, lambda done, _: bar.update(task, completed=done))
+
+        def show(done: int, total: int) -> None:
+            bar.update(
+                task,
+                description="reading the examples" if done <= len(examples) else "learning",
+                completed=done,
+                total=total,
+            )
+
+        fitted = fit_router(engine, examples, kind, layer, show)
     fitted.router.save(committee)
     unknown = [name for name in engine.experts if not fitted.router.knows(engine.expert(name))]
     found = {
@@ -268,6 +290,7 @@ def router(
         "examples": fitted.examples,
         "held_out_top1": fitted.top1,
         "held_out_top3": fitted.top3,
+        "held_out_gate_auroc": fitted.gate_auroc,
     }
     if json:
         print_json(found)
@@ -279,7 +302,9 @@ def router(
     if unknown:
         out.print(f"unknown to it, for want of examples: {', '.join(unknown)}")
     out.print(
-        f"examples held out: the right expert first {fitted.top1:.2f}, among three {fitted.top3:.2f}", style="dim"
+        f"held out, names that the rest does not have: the right expert first {fitted.top1:.2f}, among three {fitted.top3:.2f}"
+        f"{'' if fitted.gate_auroc is None else f'; gate AUROC {fitted.gate_auroc:.3f}'}",
+        style="dim",
     )
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from whispers_engine.chat import Question
 from whispers_engine.errors import WhispersError
+from whispers_engine.reading import Reader
 from whispers_engine.request import Request
 from whispers_engine.router import profile_text
 
@@ -122,20 +123,20 @@ class Computer:
     # --- what routers read -----------------------------------------------------------------------------------------------------
 
     def read(
-        self, texts: Sequence[str], layer: int, progress: Progress = lambda what, units: None, what: str = ""
+        self, texts: Sequence[str], reader: Reader, progress: Progress = lambda what, units: None, what: str = ""
     ) -> None:
         """Reads the features of texts that have none yet."""
-        todo = [text for text in dict.fromkeys(texts) if self.store.feature(self.store.key(text), layer) is None]
+        todo = [text for text in dict.fromkeys(texts) if self.store.feature(self.store.key(text), reader.key) is None]
         progress(what, len(texts) - len(todo))
         for first in range(0, len(todo), _AT_ONCE):
             some = todo[first : first + _AT_ONCE]
-            for text, values in zip(some, self.engine.read(some, layer), strict=True):
-                self.store.add_feature(self.store.key(text), layer, values.numpy())
+            for text, values in zip(some, self.engine.read(some, reader), strict=True):
+                self.store.add_feature(self.store.key(text), reader.key, values.numpy())
             progress(what, len(some))
 
-    def feature(self, text: str, layer: int) -> np.ndarray:
-        """float32 `[hidden]`, of a text that has been read."""
-        found = self.store.feature(self.store.key(text), layer)
+    def feature(self, text: str, reader: Reader) -> np.ndarray:
+        """float32 `[width]`, of a text that has been read."""
+        found = self.store.feature(self.store.key(text), reader.key)
         assert found is not None
         return found
 

@@ -38,10 +38,7 @@ class Router:
 
     def stake(self, text: str) -> float:
         """The gate's score: above 0 where it says that culture is at stake."""
-        gate = self.router.gate
-        assert gate is not None
-        standard = (self._feature(text) - self.router.mean) / self.router.std
-        return float(standard @ gate[:-1] + gate[-1])
+        return self.router.stake(self._feature(text))
 
     def ask(self, text: str, culture: str | None) -> Weights | None:
         """Whom a request asks; None where the gate leaves the answer to the base. `culture`: a profile that names it."""
@@ -54,7 +51,7 @@ class Router:
         return self.router.route(self._feature(text), profile, known, len(known) if top_k is None else top_k)
 
     def _feature(self, text: str) -> torch.Tensor:
-        return torch.from_numpy(self._computer.feature(text, self.router.layer).copy())
+        return torch.from_numpy(self._computer.feature(text, self.router.reader).copy())
 
 
 @dataclass

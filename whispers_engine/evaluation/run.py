@@ -65,7 +65,7 @@ class Evaluation:
         self._asked = asked
         self._settings = settings
         self._routers = {team.label: Router(team, computer, settings.top_k) for team in cast.teams if team.known}
-        self._layers = tuple(sorted({router.router.layer for router in self._routers.values()}))
+        self._readers = tuple({one.router.reader.key: one.router.reader for one in self._routers.values()}.values())
         self._ways = ways_to_tell(computer.engine)
         self._told = [
             Job(dataset.source.where(item.record), instructions(culture, item.prompt)[way], item.options, (BASE,))
@@ -86,7 +86,7 @@ class Evaluation:
     @property
     def units(self) -> int:
         """Of progress."""
-        return len(self._dataset.items) + len(self._told) + self._texts * len(self._layers) + len(self._timed)
+        return len(self._dataset.items) + len(self._told) + self._texts * len(self._readers) + len(self._timed)
 
     @property
     def _texts(self) -> int:
@@ -103,13 +103,13 @@ class Evaluation:
     def compute(self, progress: Progress) -> None:
         computer, dataset, profile = self._computer, self._dataset, self._settings.profile
         profiles = [profile_of(culture) for culture in dataset.cultures] if profile else []
-        for layer in self._layers:
-            computer.read([*profiles, *(one.question for one in self._asked)], layer, progress, "router")
+        for reader in self._readers:
+            computer.read([*profiles, *(one.question for one in self._asked)], reader, progress, "router")
         some = 16
         for first in range(0, len(dataset.items), some):
             indices = range(first, min(first + some, len(dataset.items)))
-            for layer in self._layers:  # before they are scored: who is asked can depend on it
-                computer.read([dataset.items[at].prompt for at in indices], layer)
+            for reader in self._readers:  # before they are scored: who is asked can depend on it
+                computer.read([dataset.items[at].prompt for at in indices], reader)
             jobs = []
             for at in indices:
                 experts = [

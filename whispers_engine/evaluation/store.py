@@ -38,7 +38,7 @@ class Store:
         self._path = path
         self._salt = [FORMAT, base, dtype]
         self._logprobs: dict[tuple[str, str], Logprobs] = {}
-        self._features: dict[tuple[str, int], NDArray[np.float32]] = {}
+        self._features: dict[tuple[str, str], NDArray[np.float32]] = {}
         self._seconds: dict[str, list[float]] = {}
         self._file: BinaryIO | None = None
         self._keep = self._read() if path.exists() else 0
@@ -66,7 +66,7 @@ class Store:
             self._logprobs[key, who] = np.array(numbers, dtype=np.float32)
         if "feature" in value:
             values = np.frombuffer(base64.b64decode(value["feature"]), dtype="<f4").astype(np.float32)
-            self._features[key, int(value["layer"])] = values
+            self._features[key, str(value["layer"])] = values
         if "seconds" in value:
             self._seconds[key] = [float(number) for number in value["seconds"]]
 
@@ -102,14 +102,14 @@ class Store:
 
     # --- router features -------------------------------------------------------------------------------------------------------
 
-    def feature(self, key: str, layer: int) -> NDArray[np.float32] | None:
-        """float32 `[hidden]`."""
-        return self._features.get((key, layer))
+    def feature(self, key: str, reader: str) -> NDArray[np.float32] | None:
+        """float32 `[width]`, of a reader's key."""
+        return self._features.get((key, reader))
 
-    def add_feature(self, key: str, layer: int, values: NDArray[np.float32]) -> None:
-        self._features[key, layer] = values
+    def add_feature(self, key: str, reader: str, values: NDArray[np.float32]) -> None:
+        self._features[key, reader] = values
         encoded = base64.b64encode(values.astype("<f4").tobytes()).decode()
-        self._append({"key": key, "layer": layer, "feature": encoded})
+        self._append({"key": key, "layer": reader, "feature": encoded})
 
     # --- latency ---------------------------------------------------------------------------------------------------------------
 
