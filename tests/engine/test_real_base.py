@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -142,22 +143,25 @@ def test_conversion_equals_transformers_reading_the_gguf(base: Path, hf: Any, tm
 
 
 def test_the_shipped_committee(engine: Engine) -> None:
-    """Twenty countries, made for this base; asked as `make demo` asks them."""
+    """Twenty countries, trained for this base on this project's own questions; asked as `make demo` asks them."""
     committee = Committee.load(CULTURES)
     assert [expert.name for expert in committee.experts] == COUNTRIES
     assert committee.fingerprint == engine.fingerprint
+    assert sum(file.stat().st_size for file in CULTURES.rglob("*") if file.is_file()) < 2e6
+    learned_from = (ROOT / "examples" / "data" / "facts-train.jsonl").read_bytes()
     for expert in committee.experts:
         assert expert.base == engine.fingerprint
-        text = expert.record["text"]
-        assert (expert.culture or "?") in text
-        want = Expert.from_text("again", text, engine)
-        assert torch.equal(expert.embeddings, want.embeddings)
+        assert expert.record["data"] == {
+            "file": "facts-train.jsonl",
+            "sha256": hashlib.sha256(learned_from).hexdigest(),
+            "licence": "Apache-2.0",
+        }
+        assert expert.record["curve"][-1]["train"] < expert.record["curve"][0]["train"]
     engine.add_expert(committee.experts[3])
     engine.add_expert(committee.experts[11])
     options = ["Baseball", "Football", "Cricket"]
     chosen = engine.ask("Which sport do most people follow here?", options, experts=["japan", "italy"])
     assert {record.expert: record.text for record in chosen.experts} == {"japan": "Baseball", "italy": "Football"}
-    free = engine.ask(
-        "What do people usually eat for breakfast?", experts=["japan"], sampling=SamplingParams(max_tokens=12)
-    )
-    assert "Japan" in free.text
+    question = "What do people usually eat for breakfast?"
+    free = engine.ask(question, experts=["japan", "italy"], sampling=SamplingParams(max_tokens=12))
+    assert len({record.text for record in free.experts}) == 2
