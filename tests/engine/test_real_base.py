@@ -156,12 +156,13 @@ def test_the_shipped_committee(engine: Engine) -> None:
             "sha256": hashlib.sha256(learned_from).hexdigest(),
             "licence": "Apache-2.0",
         }
-        assert expert.record["curve"][-1]["train"] < expert.record["curve"][0]["train"]
-    engine.add_expert(committee.experts[3])
-    engine.add_expert(committee.experts[11])
+    asked = ["japan", "italy", "mexico", "india"]
+    for name in asked:
+        engine.add_expert(next(expert for expert in committee.experts if expert.name == name))
     options = ["Baseball", "Football", "Cricket"]
-    chosen = engine.ask("Which sport do most people follow here?", options, experts=["japan", "italy"])
-    assert {record.expert: record.text for record in chosen.experts} == {"japan": "Baseball", "italy": "Football"}
+    chosen = engine.ask("Which sport do most people follow here?", options, experts=asked)
+    answers = {record.expert: record.text for record in chosen.experts}
+    assert (answers["italy"], answers["mexico"], answers["india"]) == ("Football", "Football", "Cricket")
     question = "What do people usually eat for breakfast?"
     free = engine.ask(question, experts=["japan", "italy"], sampling=SamplingParams(max_tokens=12))
     assert len({record.text for record in free.experts}) == 2
