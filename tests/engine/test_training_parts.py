@@ -321,10 +321,18 @@ def test_begins_from_a_folder(llama: Tiny, base: Base, tmp_path: Path) -> None:
 
 
 def test_shared_prompts_learn_from_all(base: Base, tmp_path: Path) -> None:
-    cultures = build(base, tmp_path, opinions(), dev_share=0.3)
+    """A record is one example, wanted are the mean shares of those who answer it; whoever answers in words is an example of its own."""
+    cultures = build(base, tmp_path, [*opinions(), *answers()], dev_share=0.3, orders=2)
     together = pooled(cultures)
-    assert len(together.train) == sum(len(culture.train) for culture in cultures)
-    assert len(together.dev) == sum(len(culture.dev) for culture in cultures)
+    for part in ("train", "dev"):
+        own = [example for culture in cultures for example in getattr(culture, part)]
+        merged = getattr(together, part)
+        assert {example.prompts for example in own} == {example.prompts for example in merged}
+        assert len({example.prompts for example in merged}) == len(merged) < len(own)
+        for example in merged:
+            for nth, shares in enumerate(example.shares):
+                theirs = [one.shares[nth] for one in own if one.prompts == example.prompts]
+                assert shares == pytest.approx([sum(column) / len(theirs) for column in zip(*theirs, strict=True)])
 
 
 def test_branches_of_one_context_need_not_be_of_one_prompt(llama: Tiny, base: Base) -> None:

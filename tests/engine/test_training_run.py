@@ -147,6 +147,19 @@ def test_shared_prompt_is_where_all_start(base: Base, tmp_path: Path) -> None:
     assert len(trained.experts[0].record["shared_curve"]) == 10
 
 
+def test_shared_prompt_alone(base: Base, tmp_path: Path) -> None:
+    """What those start from, as the only expert, that speaks for no culture."""
+    how = {"virtual_tokens": 4, "batch": 4, "shared_steps": 20, "dev_share": 0.0}
+    source = read_records(write(tmp_path / "data.jsonl", opinions()))
+    alone = train(base, source, tmp_path / "alone", Settings(steps=0, **how))
+    (expert,) = Committee.load(tmp_path / "alone").experts
+    assert (expert.name, expert.culture, expert.record["steps"]) == ("shared", None, 20)
+    assert [found["name"] for found in alone.summary["experts"]] == ["shared"]
+    after = train(base, source, tmp_path / "after", Settings(steps=1, rate=1e-9, warmup=0.0, **how))
+    again = train(base, source, tmp_path / "again", Settings(steps=1, init=tmp_path / "alone", rate=1e-9, **how))
+    assert len(after.experts) == len(again.experts) == 2
+
+
 class Killed(BaseException):
     pass
 

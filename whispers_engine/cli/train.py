@@ -37,7 +37,9 @@ def train(
     experts: Annotated[
         str | None, typer.Option("--experts", help="Cultures of the file, with commas between. Default: all.")
     ] = None,
-    steps: Annotated[int, typer.Option("--steps", help="Steps of every expert, at most.")] = 200,
+    steps: Annotated[
+        int, typer.Option("--steps", help="Steps of every expert, at most; 0: the --shared prompt alone.")
+    ] = 200,
     batch: Annotated[int, typer.Option("--batch", help="Examples an expert and step.")] = 8,
     rate: Annotated[float, typer.Option("--rate", help="The largest learning rate.")] = 0.01,
     warmup: Annotated[float, typer.Option("--warmup", help="The share of the steps in which the rate rises.")] = 0.05,

@@ -6,7 +6,7 @@ import hashlib
 import math
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -105,10 +105,28 @@ def build_cultures(
 
 
 def pooled(cultures: Sequence[Culture]) -> Culture:
-    """All of them as one."""
-    train = tuple(example for culture in cultures for example in culture.train)
-    dev = tuple(example for culture in cultures for example in culture.dev)
+    """All of them as one. A record that several answer is one example, with the mean of their shares: a cross-entropy is linear in
+    what is wanted, so its gradient is the mean of theirs, for the cost of one."""
+    train = _merged(example for culture in cultures for example in culture.train)
+    dev = _merged(example for culture in cultures for example in culture.dev)
     return Culture("all cultures", "shared", train, dev)
+
+
+def _merged(examples: Iterable[Example]) -> tuple[Example, ...]:
+    same: dict[tuple[Prompt, ...], list[Example]] = {}
+    for example in examples:
+        same.setdefault(example.prompts, []).append(example)
+    return tuple(
+        Example(
+            several[0].question,
+            prompts,
+            tuple(
+                tuple(math.fsum(column) / len(several) for column in zip(*shares, strict=True))
+                for shares in zip(*(one.shares for one in several), strict=True)
+            ),
+        )
+        for prompts, several in same.items()
+    )
 
 
 def expert_name(culture: str) -> str:

@@ -23,7 +23,7 @@ class Settings:
         virtual_tokens: m; None: as the experts have them that `init` names, else 16.
         init: "text" (a sentence that names the culture), "vocab" (random tokens' embeddings), or the folder of an expert or a committee.
         experts: which cultures, by name or by their expert's; None: all of the file.
-        steps: of every expert.
+        steps: of every expert; 0: the shared soft prompt is all that is trained, and becomes the only expert.
         shared_steps: before those, of one soft prompt trained on all cultures, from which every expert then starts; 0: none.
         batch: examples an expert and step.
         rate: the largest learning rate.
@@ -75,7 +75,7 @@ class Settings:
                 raise WhispersError(f"{name}: {value!r}; accepted: {', '.join(accepted)}")
         for name, number, least in (
             ("virtual_tokens", self.virtual_tokens, 1),
-            ("steps", self.steps, 1),
+            ("steps", self.steps, 0 if self.shared_steps else 1),
             ("shared_steps", self.shared_steps, 0),
             ("batch", self.batch, 1),
             ("evaluate_every", self.evaluate_every, 1),

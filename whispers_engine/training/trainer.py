@@ -95,7 +95,8 @@ class _Run:
         if self._m != known:
             self._cultures = self._build(self._m)
         shared = [("shared", [pooled(self._cultures)], settings.shared_steps)] if settings.shared_steps else []
-        self._phases: list[tuple[str, list[Culture], int]] = [*shared, ("experts", self._cultures, settings.steps)]
+        own = [("experts", self._cultures, settings.steps)] if settings.steps else []
+        self._phases: list[tuple[str, list[Culture], int]] = [*shared, *own]
         first = first_values(base, self._phases[0][1], settings, self._m)
         key = self._key()
         self._state = checkpoint.load(self.folder, key) or State(key, tensors={"value": first})
@@ -154,11 +155,11 @@ class _Run:
                 value[index],
                 self._settings.placement,
                 self._settings.kind,
-                culture.name,
+                culture.name if self._settings.steps else None,
                 self._base.fingerprint,
                 self._record(index, culture, notes),
             )
-            for index, culture in enumerate(self._cultures)
+            for index, culture in enumerate(self._phases[-1][1])
         ]
         return Trained(tuple(experts), self._summary(notes))
 
@@ -189,7 +190,7 @@ class _Run:
                 "last_loss": phase["curves"][index][-1]["train"],
                 "dev_loss": phase["watches"][index]["loss"],
             }
-            for index, culture in enumerate(self._cultures)
+            for index, culture in enumerate(self._phases[-1][1])
         ]
         return {
             "base": self._base.name,
