@@ -101,14 +101,16 @@ inline int64_t forward_scratch(const Forward& a) {
 
 inline int64_t forward_shared(const Forward& a) {
   int64_t bytes = partials_bytes(a.attention);
-  const ForwardLayer& layer = a.layers[0];  // all are alike
-  const Linear products[] = {
-      product(a, layer.qkv, a.normed, a.width, a.qkv, a.rope.q_row, nullptr, nullptr),
-      product(a, layer.out, a.attended, a.attention.q_heads * a.attention.dim, a.hidden, a.width, nullptr, nullptr),
-      product(a, layer.gate_up, a.normed, a.width, a.gated, a.intermediate, nullptr, nullptr),
-      product(a, layer.down, a.gated, a.intermediate, a.hidden, a.width, nullptr, nullptr),
-  };
-  for (const Linear& each : products) bytes = larger(bytes, rows_bytes(each));
+  for (int64_t index = 0; index < a.count; ++index) {  // some may be quantised and others not
+    const ForwardLayer& layer = a.layers[index];
+    const Linear products[] = {
+        product(a, layer.qkv, a.normed, a.width, a.qkv, a.rope.q_row, nullptr, nullptr),
+        product(a, layer.out, a.attended, a.attention.q_heads * a.attention.dim, a.hidden, a.width, nullptr, nullptr),
+        product(a, layer.gate_up, a.normed, a.width, a.gated, a.intermediate, nullptr, nullptr),
+        product(a, layer.down, a.gated, a.intermediate, a.hidden, a.width, nullptr, nullptr),
+    };
+    for (const Linear& each : products) bytes = larger(bytes, rows_bytes(each));
+  }
   return bytes;
 }
 

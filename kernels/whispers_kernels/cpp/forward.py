@@ -22,6 +22,9 @@ from .small_ops import likeliest
 _forward = operation("forward", "15qd" + "11q" + "14q" + "31q" + "35q2d")
 
 
+KEPT_LAYERS = 2  # at the bottom, that are never quantised: what they lose all others build on. See docs/performance.md
+
+
 class LayerWeights(Protocol):
     """One decoder layer, in one float dtype on the CPU."""
 
@@ -70,7 +73,7 @@ class Forward:
         norm: `[hidden]`, the last one.
         head: `[V, hidden]`; the very tensor `embeddings` where it is tied: it is then packed once, and rows are read from there.
         sizes: the decoder's shape.
-        quantization: of the layers' matrices; the head keeps the weights' dtype. None, or "int8".
+        quantization: of the layers' matrices, but the first two layers'; those and the head keep the weights' dtype. None, or "int8".
 
     Attributes:
         nbytes: of all weights that are held.
@@ -93,13 +96,14 @@ class Forward:
         self._packed: list[PackedLinear] = []
         self._norms: list[Tensor] = []
         blocks: list[int] = []
-        for layer in layers:
+        for index, layer in enumerate(layers):
+            rounded = quantization if index >= KEPT_LAYERS else None
             norms = (layer.attn_norm, layer.mlp_norm, layer.q_norm, layer.k_norm)
             matrices = [
-                PackedLinear(layer.qkv, layer.qkv_bias, quantization, memory=memory),
-                PackedLinear(layer.out, layer.out_bias, quantization, memory=memory),
-                PackedLinear(layer.gate_up, layer.gate_up_bias, quantization, gated=True, memory=memory),
-                PackedLinear(layer.down, layer.down_bias, quantization, memory=memory),
+                PackedLinear(layer.qkv, layer.qkv_bias, rounded, memory=memory),
+                PackedLinear(layer.out, layer.out_bias, rounded, memory=memory),
+                PackedLinear(layer.gate_up, layer.gate_up_bias, rounded, gated=True, memory=memory),
+                PackedLinear(layer.down, layer.down_bias, rounded, memory=memory),
             ]
             kept = [None if weight is None else weight.clone() for weight in norms]
             self._norms += [weight for weight in kept if weight is not None]

@@ -1,0 +1,65 @@
+"""What an engine computes in: the dtype that a machine suits, and int8 matrices."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import whispers_engine.engine as engine_module
+from tests.engine.conftest import Tiny, soft_prompt, token_ids
+from whispers_engine import Engine, Request, SamplingParams, Token
+from whispers_kernels import available_impls
+
+CHOOSE = engine_module.auto_dtype  # as it is before the tests' own default
+needs_cpp = pytest.mark.skipif("cpp" not in available_impls(), reason="needs the C++ kernels")
+
+
+@needs_cpp
+@pytest.mark.parametrize(
+    "isa, dtype", (("avx512_bf16", torch.bfloat16), ("avx512", torch.float32), ("avx2", torch.float32))
+)
+def test_a_cpu_computes_in_bfloat16_where_it_multiplies_it(
+    isa: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from whispers_kernels import cpp
+
+    monkeypatch.setattr(cpp, "isa", lambda: isa)
+    for stored in (torch.float32, torch.bfloat16):
+        assert CHOOSE(torch.device("cpu"), "cpp", stored) == dtype
+        assert CHOOSE(torch.device("cpu"), "reference", stored) == torch.float32
+        assert CHOOSE(torch.device("cuda"), "triton", stored) == stored
+
+
+@needs_cpp
+def test_int8_is_near_and_smaller(tiny: Tiny) -> None:
+    """Of three layers one is quantised: near is what its rounding can move, and far enough to show that it is."""
+    plain = Engine(tiny.folder, impl="cpp")
+    small = Engine(tiny.folder, impl="cpp", quantization="int8")
+    assert small.model.weight_bytes < 0.9 * plain.model.weight_bytes
+    context, options = (token_ids(tiny, 40, 1), token_ids(tiny, 3, 2)), [[5], [9, 11], [20], [31, 8, 4]]
+    moved = []
+    for engine in (plain, small):
+        engine.add_expert(soft_prompt(tiny, 5, 3, "one", "suffix"))
+        moved.append(engine.score(context, options, experts=["one"]).logprobs)
+    change = (torch.as_tensor(moved[0]).softmax(-1) - torch.as_tensor(moved[1]).softmax(-1)).abs()
+    assert 0 < float(change.max()) < 0.05
+
+
+@needs_cpp
+def test_int8_has_the_same_bits_in_any_company(tiny: Tiny) -> None:
+    def answers(names: list[str]) -> dict[str | None, list[tuple[int, float]]]:
+        engine = Engine(tiny.folder, impl="cpp", quantization="int8", page_size=8)
+        for index, name in enumerate(("one", "two", "three")):
+            engine.add_expert(soft_prompt(tiny, 4 + index, index, name, "suffix"))
+        context = (token_ids(tiny, 50, 1), token_ids(tiny, 3, 2))
+        engine.submit(Request(context, experts=names, sampling=SamplingParams(max_tokens=9), early_end=False))
+        found: dict[str | None, list[tuple[int, float]]] = {}
+        while engine.busy:
+            for event in engine.step():
+                if isinstance(event, Token):
+                    found.setdefault(event.expert, []).append((event.token, event.logprob))
+        return found
+
+    together = answers(["one", "two", "three"])
+    for name in ("one", "two", "three"):
+        assert answers([name])[name] == together[name]
