@@ -163,7 +163,7 @@ inline float weigh(float* scores, float* weights, Seen seen, int64_t keys, const
     Vec weight[Math::kPack];
 #pragma GCC unroll 2
     for (int j = 0; j < Math::kPack; ++j) {
-      weight[j] = exp2(fma(load(scores + i + j * W), outer, less_base));
+      weight[j] = Math::exp2(fma(load(scores + i + j * W), outer, less_base));
       if (!whole) weight[j] = select(mask_at(i + j * W), weight[j], zero());
       part[j] = part[j] + weight[j];
       if (how.factors) weight[j] = weight[j] * load(at.value_factor + i + j * W);
