@@ -133,10 +133,13 @@ class TokenRouter(Router):
         learned: the experts' weights, `[experts, hidden + 1]`, the bias last.
         gate_scale, gate_shift: the gate's log of the odds is `gate_scale * (its score + gate_shift)`, calibrated on what it was not
             trained with.
+        floor: how far above the median of all a score must lie to say anything; what lies lower counts as that high, so that a question
+            that names nobody leaves all alike, however steep the temperature. None: no floor.
     """
 
     gate_scale: float = 1.0
     gate_shift: float = 0.0
+    floor: float | None = None
 
     kind = "token"
 
@@ -154,13 +157,20 @@ class TokenRouter(Router):
 
     def scores(self, query: Tensor, profile: Tensor | None) -> Tensor:
         scores = query[: len(self.experts)].double()
-        if profile is None:
-            return scores
-        hint = profile[: len(self.experts)].double()
-        return torch.logaddexp(scores + math.log(QUERY_SHARE), hint + math.log(1 - QUERY_SHARE))
+        if profile is not None:
+            hint = profile[: len(self.experts)].double()
+            scores = torch.logaddexp(scores + math.log(QUERY_SHARE), hint + math.log(1 - QUERY_SHARE))
+        return scores if self.floor is None else floored(scores, self.floor, self.temperature)
 
     def shapes(self) -> dict[str, list[int]]:
         return {"learned": [len(self.experts), self.hidden + 1], "gate": [self.hidden + 1]}
+
+
+def floored(scores: Tensor, floor: float, temperature: float) -> Tensor:
+    """Scores `[..., experts]` above their median, and softly at least `floor`, so that probabilities become
+    `exp(score / temperature) + exp(floor / temperature)` over the sum of all."""
+    above = (scores - scores.median(-1, keepdim=True).values) / temperature
+    return temperature * torch.logaddexp(above, torch.full_like(above, floor / temperature))
 
 
 @dataclass(frozen=True, eq=False)
@@ -271,3 +281,5 @@ def _check(router: Router) -> None:
         raise ValueError("a standard deviation is not above 0")
     if isinstance(router, TokenRouter) and not (router.gate_scale > 0 and math.isfinite(router.gate_shift)):
         raise ValueError("the gate's scale or shift is out of range")
+    if isinstance(router, TokenRouter) and not (router.floor is None or 0 <= router.floor < math.inf):
+        raise ValueError("the floor is out of range")

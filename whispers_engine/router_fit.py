@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from .errors import WhispersError
-from .router import KINDS, MeanRouter, Router, TokenRouter, profile_text
+from .router import KINDS, MeanRouter, Router, TokenRouter, floored, profile_text
 from .router_examples import ANY, Example
 from .router_tokens import PENALTIES, Tokens, calibrate, folds, learn, ticks, unstandardised
 
@@ -26,6 +26,8 @@ CONFIDENCE = 0.2
 _FOLDS = 4
 _AT_ONCE = 16  # questions that are read together, for the progress
 _TEMPERATURES = torch.logspace(-2.5, 1, 36, dtype=torch.float64).tolist()
+_DOUBT = 0.02  # what is never said of a question: that the others are out of the question
+_FLOORS = torch.arange(0, 6.25, 0.25, dtype=torch.float64).tolist()  # nats above the median
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ def fit_router(
     kind: str = "token",
     layer: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    calibration: Sequence[Example] = (),
 ) -> Fitted:
     """Makes a router for an engine's experts.
 
@@ -55,9 +58,12 @@ def fit_router(
         layer: of the base, 0 to its number of layers; None: the best for the shipped base, a little above the middle for the token
             kind, four fifths of the way up for the others.
         progress: called with the number of steps done, and of all: examples that were read, and fits.
+        calibration: of the token kind, questions such as people ask: the weights are made as sure as they are right on those that concern
+            an expert. Without, on what is held out of the examples, which is harder where these seek out what is little known.
 
     Raises:
-        WhispersError: another kind, a layer that is not there, a culture that no expert speaks for, or too few examples.
+        WhispersError: another kind, a layer that is not there, a culture that no expert speaks for, too few examples, or a calibration
+            that concerns no expert, asks what an example asks, or is for another kind.
     """
     if kind not in KINDS:
         raise WhispersError(f"router: kind {kind!r}; accepted: {', '.join(KINDS)}")
@@ -65,7 +71,7 @@ def fit_router(
         layer = engine.model.config.num_layers * (8 if kind == "token" else 12) // 15
     experts = [engine.expert(name) for name in engine.experts]
     cultures = {expert.culture or expert.name for expert in experts}
-    for example in examples:
+    for example in (*examples, *calibration):
         if example.culture not in (None, ANY) and example.culture not in cultures:
             raise WhispersError(
                 f"router: an example concerns {example.culture!r}; accepted: {', '.join(sorted(cultures))}, {ANY!r} or null"
@@ -76,6 +82,16 @@ def fit_router(
         raise WhispersError(
             f"router: {len(examples)} examples for {len(known)} experts; accepted: two an expert on the average, for two experts at least"
         )
+    mine = [
+        example for example in calibration if example.culture in {expert.culture or expert.name for expert in known}
+    ]
+    if calibration and (kind != "token" or not mine):
+        raise WhispersError(
+            f"router: a calibration of {len(mine)} questions that concern an expert, for the kind {kind!r}; accepted: one at least, "
+            "for 'token'"
+        )
+    if both := {example.question for example in mine} & {example.question for example in examples}:
+        raise WhispersError(f"router: the calibration asks {min(both)!r}, an example; accepted: other questions")
 
     questions = [example.question for example in examples]
     if kind == "token":
@@ -85,7 +101,8 @@ def fit_router(
             states += engine.read_tokens(questions[first : first + _AT_ONCE], layer)
             progress(len(states), total)
         done = itertools.count(len(states) + 1)
-        fitted = fit_tokens(known, examples, states, layer, lambda: progress(next(done), total))
+        apart = engine.read_tokens([example.question for example in mine], layer) if mine else []
+        fitted = fit_tokens(known, examples, states, layer, lambda: progress(next(done), total), apart=(mine, apart))
         progress(total, total)
         return fitted
     features = _read(engine, questions, layer, progress)
@@ -100,6 +117,7 @@ def fit_tokens(
     layer: int,
     tick: Callable[[], None] = lambda: None,
     penalties: Sequence[float] = PENALTIES,
+    apart: tuple[Sequence[Example], Sequence[Tensor]] = ((), ()),
 ) -> Fitted:
     """Makes a token router from what was read.
 
@@ -109,6 +127,7 @@ def fit_tokens(
         layer: as `fit_router`'s.
         tick: called after every fit.
         penalties: of which the best on what is held out is taken.
+        apart: questions that each concern an expert, none of them an example, and their states, to calibrate with.
     """
     of = _of(known, examples)
     mine, at_stake = of.any(1), torch.tensor([example.culture is not None for example in examples])
@@ -160,10 +179,22 @@ def fit_tokens(
         scale, shift, _ = calibrate(scores, at_stake, weights)
         high, low = scores[at_stake][:, None], scores[~at_stake][None]
         auroc = float((high > low).double().mean() + (high == low).double().mean() / 2)
+    if apart[0]:
+        others = Tokens.join(apart[1])
+        asked = Tokens((others.states - mean) / std, others.of, others.count).scores(chosen.weight)
+        scores, wanted = (
+            torch.cat([asked, chosen.held_out[~named]]),
+            torch.cat([_of(known, apart[0]).double(), target[~named]]),
+        )
+        about = torch.arange(len(scores)) < len(asked)
+        temperature, floor = calibrate_floor(scores, wanted, about, torch.ones(len(asked)))
+    else:
+        temperature, floor = calibrate_floor(chosen.held_out, target, named, share)
     router = TokenRouter(
         experts=tuple((expert.name, expert.content_hash) for expert in known),
         layer=layer,
-        temperature=_calibrate(held_out, right, share)[0],
+        temperature=temperature,
+        floor=floor,
         confidence=CONFIDENCE,
         gate=gate,
         learned=unstandardised(chosen.weight, mean, std),
@@ -290,3 +321,26 @@ def _calibrate(held_out: Tensor, of: Tensor, weights: Tensor) -> tuple[float, fl
 
     best = min(_TEMPERATURES, key=loss)
     return best, loss(best)
+
+
+def calibrate_floor(scores: Tensor, target: Tensor, named: Tensor, share: Tensor) -> tuple[float, float | None]:
+    """The temperature and the floor under which questions are likeliest: those that name an expert's culture by the right one, and
+    those that name nobody by all alike; either sort counts half. None without any of these: nothing tells how high it should be.
+
+    Args:
+        scores, target: float64 `[questions, experts]`; scores of what was not learned from.
+        named: bool `[questions]`.
+        share: float64, what each of the named counts.
+    """
+    if bool(named.all()):
+        return _calibrate(scores, target > 0, share)[0], None
+    target = target * (1 - _DOUBT) + _DOUBT / target.shape[1]  # where all are told apart, nothing would be steep enough
+    weights = torch.full((len(named),), 1 / float((~named).sum()), dtype=torch.float64)
+    weights[named] = share.double() / share.sum()
+
+    def loss(values: tuple[float, float]) -> float:
+        temperature, floor = values
+        logp = (floored(scores, floor, temperature) / temperature).log_softmax(-1)
+        return -float((target * logp).sum(-1) @ weights)
+
+    return min(itertools.product(_TEMPERATURES, _FLOORS), key=loss)

@@ -251,6 +251,12 @@ def router(
             "--records", help="Records that experts were trained with: questions that name no culture, for the gate."
         ),
     ] = None,
+    calibrate: Annotated[
+        Path | None,
+        typer.Option(
+            "--calibrate", help="Questions such as people ask: weights become as sure as they are right on them."
+        ),
+    ] = None,
     kind: Annotated[str, typer.Option("--kind", help="token, linear, or centroid (the paper's rule).")] = "token",
     layer: Annotated[
         int | None, typer.Option("--layer", help="Which hidden states it reads. Default: the shipped base's best.")
@@ -266,6 +272,7 @@ def router(
 
     examples = [example for file in files for example in read_examples(file)]
     examples += [example for file in records or [] for example in record_examples(read_records(file))]
+    calibration = [] if calibrate is None else read_examples(calibrate)
     engine = load_engine(model, committee)
     with TaskBar(console=err, transient=True) as bar:
         task = bar.add_task("reading the examples", total=len(examples))
@@ -278,7 +285,7 @@ def router(
                 total=total,
             )
 
-        fitted = fit_router(engine, examples, kind, layer, show)
+        fitted = fit_router(engine, examples, kind, layer, show, calibration)
     fitted.router.save(committee)
     unknown = [name for name in engine.experts if not fitted.router.knows(engine.expert(name))]
     found = {
