@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 BASE := smollm2-135m-instruct
+DATA := examples/data
+# 20 experts, some 75 facts each, every one with options and in words: 120 steps of 4 are three times through all.
+TRAINING := --placement detached --steps 120 --batch 4 --rate 0.003 --dev-share 0
 ASK := $(BIN)/whispers ask --committee examples/cultures --experts japan,italy,mexico,india
 
 .PHONY: demo test lint cultures kernels-page clean
@@ -20,8 +23,14 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-cultures: $(VENV)/.demo ## makes the shipped committee anew
-	$(BIN)/python examples/make_cultures.py
+# Makes the shipped committee anew; it takes the old one's place when all is done.
+cultures: $(VENV)/.demo
+	rm -rf build/cultures && mkdir -p build
+	$(BIN)/python examples/facts_in_words.py > build/facts.jsonl
+	$(BIN)/whispers train build/facts.jsonl --out build/cultures $(TRAINING) --licence Apache-2.0
+	$(BIN)/whispers experts router $(DATA)/router-train.jsonl $(DATA)/router-places.jsonl $(DATA)/neutral.jsonl \
+		--records $(DATA)/facts-train.jsonl --calibrate $(DATA)/routing.jsonl --committee build/cultures
+	rm -rf examples/cultures && mv build/cultures examples/cultures
 
 kernels-page: $(VENV)/.dev ## compiles every Triton variant and rewrites the tables of docs/kernels.md
 	$(BIN)/python -m whispers_kernels.triton.aot --write docs/kernels.md

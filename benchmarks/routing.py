@@ -2,7 +2,7 @@
 
     python benchmarks/routing.py [--json FILE] [--layers 8,12,16,20,24]
 
-Routers are trained as `examples/make_cultures.py` does and asked the questions of `examples/data/routing.jsonl`, none of which they have
+Routers are trained as `make cultures` does and asked the questions of `examples/data/routing.jsonl`, none of which they have
 seen: each names a country or one of its cities, or neither. Half of the cities are in no question that they were trained with. Beside
 the sum over every token's scores, which is what the engine has, stand poolings of the states themselves, trained in the same way.
 """
@@ -10,7 +10,6 @@ the sum over every token's scores, which is what the engine has, stand poolings 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import random
 import re
@@ -31,11 +30,13 @@ from torch import Tensor
 from whispers_engine import Engine
 from whispers_engine.bench.measure import environment
 from whispers_engine.evaluation.metrics import expected_calibration_error, reliability
+from whispers_engine.records import read_records
 from whispers_engine.router import Router, profile_text
-from whispers_engine.router_examples import Example
+from whispers_engine.router_examples import Example, read_examples, record_examples
 from whispers_engine.router_fit import fit_tokens
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+TRAINED = ("router-train.jsonl", "router-places.jsonl", "neutral.jsonl")
 POOLINGS: dict[str, Callable[[Tensor], Tensor]] = {  # of the user's own tokens, [tokens, hidden]
     "every token": lambda states: states,
     "mean": lambda states: states.mean(0, keepdim=True),
@@ -115,20 +116,17 @@ def read(engine: Engine, some: Sequence[str], layer: int, what: str) -> list[Ten
 
 def training() -> list[Example]:
     """What the shipped router is trained with."""
-    spec = importlib.util.spec_from_file_location("make_cultures", EXAMPLES / "make_cultures.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    found: list[Example] = module.router_examples()
-    return found
+    data = EXAMPLES / "data"
+    named = [example for name in TRAINED for example in read_examples(data / name)]
+    return named + record_examples(read_records(data / "facts-train.jsonl"))
 
 
-def questions(engine: Engine) -> dict[str, list[tuple[str, str]]]:
+def questions(engine: Engine, file: str = "routing.jsonl") -> dict[str, list[tuple[str, str]]]:
     """The questions by what they name, and the expert that each is for."""
     cultures = {engine.expert(name).culture: name for name in engine.experts}
     trained = "\n".join(example.question for example in training())
     found: dict[str, list[tuple[str, str]]] = {}
-    for line in (EXAMPLES / "data" / "routing.jsonl").read_text(encoding="utf-8").splitlines():
+    for line in (EXAMPLES / "data" / file).read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         names = row["names"] or "neutral"
         if names == "city":
@@ -138,7 +136,7 @@ def questions(engine: Engine) -> dict[str, list[tuple[str, str]]]:
     return found
 
 
-def shipped(engine: Engine) -> dict[str, Any]:
+def shipped(engine: Engine, file: str = "routing.jsonl") -> dict[str, Any]:
     """Whole requests: the share of questions whose expert has the largest weight, by what they name; by profile alone; right gates; how far
     the largest weights are from being right as often as they say."""
     found: dict[str, Any] = {}
@@ -148,7 +146,7 @@ def shipped(engine: Engine) -> dict[str, Any]:
         events = engine.stream(question, options=["yes"], profile=profile, top_k=len(engine.experts))
         return next(events).routing  # type: ignore[union-attr]
 
-    for names, rows in questions(engine).items():
+    for names, rows in questions(engine, file).items():
         got = [routed(question)[0] for question, _ in track(rows, names, console=console, transient=True)]
         right = [name == (want or "base") for (name, _), (_, want) in zip(got, rows, strict=True)]
         found[names] = sum(right) / len(right)
@@ -242,7 +240,7 @@ def main() -> None:
         prefill.append({"dtype": dtype, "tokens": PREFILL, **overhead(two)})
     report = {
         **environment(engine.model.device, " ".join(["python", *sys.argv])),
-        "shipped": {**shipped(engine), "gate": gate(engine)},
+        "shipped": {**shipped(engine), "second": shipped(engine, "routing-second.jsonl"), "gate": gate(engine)},
         "prefill": prefill,
         "dtype": str(engine.model.dtype).removeprefix("torch."),
         "by_layer_and_pooling": by_layer_and_pooling(engine, layers),

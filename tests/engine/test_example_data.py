@@ -20,6 +20,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 DATA = EXAMPLES / "data"
 CULTURES = {json.loads(path.read_text("utf-8"))["culture"] for path in EXAMPLES.glob("cultures/*/expert.json")}
 FACTS = ("facts-train.jsonl", "facts-heldout.jsonl")
+MEASURED = ("routing.jsonl", "routing-second.jsonl")  # what routers are measured with
 # What would name a country or its people in a question.
 NAMES = {
     "United States": "united states|usa|americans?",
@@ -107,6 +108,24 @@ def test_held_out_facts_are_held_out() -> None:
     assert answers[1].items() <= answers[0].items()
 
 
+def measured_questions() -> set[str]:
+    return {normal(row["question"]) for name in MEASURED for row in rows(name)}
+
+
+def test_the_second_set_for_routers() -> None:
+    """Five questions a culture, none of the first set; two name the country or its people, three a place."""
+    second = rows("routing-second.jsonl")
+    assert Counter((row["culture"], row["names"]) for row in second) == {
+        (culture, names): count for culture in CULTURES for names, count in (("country", 2), ("city", 3))
+    }
+    assert all(row["place"] in row["question"] for row in second if row["names"] == "city")
+    for row in second:
+        assert row["names"] == "city" or re.search(rf"\b({NAMES[row['culture']]})\b", row["question"], re.IGNORECASE), (
+            row
+        )
+    assert len(measured_questions()) == len(rows("routing.jsonl")) + len(second)
+
+
 def test_neutral_questions() -> None:
     neutral = rows("neutral.jsonl")
     counts = Counter(row["split"] for row in neutral)
@@ -114,14 +133,14 @@ def test_neutral_questions() -> None:
     assert set(counts) == {"train", "heldout"} and counts["train"] >= 80 and counts["heldout"] >= 40
     questions = Counter(normal(row["question"]) for row in neutral)
     assert max(questions.values()) == 1
-    assert not set(questions) & {normal(row["question"]) for row in rows("routing.jsonl")}
+    assert not set(questions) & measured_questions()
 
 
 def test_router_questions_are_not_those_it_is_measured_with() -> None:
     examples = read_examples(DATA / "router-train.jsonl")
     questions = Counter(normal(example.question) for example in examples)
     assert max(questions.values()) == 1
-    assert not set(questions) & {normal(row["question"]) for row in rows("routing.jsonl")}
+    assert not set(questions) & measured_questions()
     counts = Counter(example.culture for example in examples)
     assert counts.pop(ANY) >= 60
     assert set(counts) == CULTURES and min(counts.values()) >= 30, counts
@@ -143,8 +162,7 @@ def test_places_of_the_router_are_not_those_that_stay_unseen() -> None:
     unseen = [city for city in cities if not re.search(rf"\b{city}\b", by_hand)]
     assert len(unseen) == 31
     assert not [row for row in places if re.search(rf"\b({'|'.join(unseen)})\b", row["question"])]
-    asked = {normal(row["question"]) for row in rows("routing.jsonl")}
-    assert not asked & {normal(row["question"]) for row in places}
+    assert not measured_questions() & {normal(row["question"]) for row in places}
     # Nor are the sentences those that it is measured with, with another name in them.
     for frame in (*module.ABOUT, *module.OF):
         words = re.sub(r"[^a-z ]", "", frame.lower()).split()

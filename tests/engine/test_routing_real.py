@@ -90,6 +90,24 @@ def test_questions_and_profiles_reach_their_expert_first(engine: Engine, trained
     assert router.at_stake(plain) and alone == engine.experts
 
 
+def test_questions_that_nothing_was_chosen_by(engine: Engine) -> None:
+    """Written when all else was settled: right as often, and as often as the weights say; questions that name nobody favour nobody."""
+    assert engine.router is not None
+    asked = rows("routing-second.jsonl")
+    features = engine.read([row["question"] for row in asked], engine.router.reader)
+    best = [engine.router.route(feature, None, engine.experts, len(engine.experts))[0] for feature in features]
+    right = np.array(
+        [engine.expert(name).culture == row["culture"] for (name, _), row in zip(best, asked, strict=True)]
+    )
+    assert right.mean() >= 0.95
+    assert (
+        expected_calibration_error(reliability(np.array([weight for _, weight in best]), right.astype(float))) <= 0.05
+    )
+    facts = list(dict.fromkeys(row["question"] for row in rows("facts-heldout.jsonl")))
+    found = [engine.router.route(one, None, engine.experts, 3) for one in engine.read(facts, engine.router.reader)]
+    assert np.mean([chosen[0][1] < 0.34 for chosen in found]) >= 0.9  # all three alike
+
+
 def test_a_long_text_that_names_a_country_once(engine: Engine) -> None:
     assert engine.router is not None
     text = (
