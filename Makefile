@@ -11,8 +11,8 @@ ASK := $(BIN)/whispers ask --committee examples/cultures --experts japan,italy,m
 .PHONY: demo test lint cultures kernels-page clean
 
 demo: $(VENV)/.demo
-	@$(ASK) "Which sport do most people follow here?" --option Baseball --option Football --option Cricket
-	@$(ASK) "What do people usually eat for breakfast?" --max-tokens 16
+	@$(ASK) "Which currency do people pay with here?" --option yen --option euro --option peso --option rupee
+	@$(ASK) "How do people greet each other?" --max-tokens 16
 
 test: $(VENV)/.dev
 	@$(BIN)/whispers pull $(BASE)

@@ -26,7 +26,6 @@ CONFIDENCE = 0.2
 _FOLDS = 4
 _AT_ONCE = 16  # questions that are read together, for the progress
 _TEMPERATURES = torch.logspace(-2.5, 1, 36, dtype=torch.float64).tolist()
-_DOUBT = 0.02  # what is never said of a question: that the others are out of the question
 _FLOORS = torch.arange(0, 6.25, 0.25, dtype=torch.float64).tolist()  # nats above the median
 
 
@@ -59,7 +58,8 @@ def fit_router(
             kind, four fifths of the way up for the others.
         progress: called with the number of steps done, and of all: examples that were read, and fits.
         calibration: of the token kind, questions such as people ask: the weights are made as sure as they are right on those that concern
-            an expert. Without, on what is held out of the examples, which is harder where these seek out what is little known.
+            an expert, and on what is held out of the examples, half each. Without, on the latter alone, which is harder where the
+            examples seek out what is little known.
 
     Raises:
         WhispersError: another kind, a layer that is not there, a culture that no expert speaks for, too few examples, or a calibration
@@ -179,17 +179,15 @@ def fit_tokens(
         scale, shift, _ = calibrate(scores, at_stake, weights)
         high, low = scores[at_stake][:, None], scores[~at_stake][None]
         auroc = float((high > low).double().mean() + (high == low).double().mean() / 2)
-    if apart[0]:
+    scores, wanted, about, share = chosen.held_out, target, named, share / share.sum()
+    if apart[0]:  # half each: what people ask, and the harder ones that are held out
         others = Tokens.join(apart[1])
         asked = Tokens((others.states - mean) / std, others.of, others.count).scores(chosen.weight)
-        scores, wanted = (
-            torch.cat([asked, chosen.held_out[~named]]),
-            torch.cat([_of(known, apart[0]).double(), target[~named]]),
-        )
-        about = torch.arange(len(scores)) < len(asked)
-        temperature, floor = calibrate_floor(scores, wanted, about, torch.ones(len(asked)))
-    else:
-        temperature, floor = calibrate_floor(chosen.held_out, target, named, share)
+        scores = torch.cat([asked, scores])
+        wanted = torch.cat([_of(known, apart[0]).double(), wanted])
+        about = torch.cat([torch.ones(len(asked), dtype=torch.bool), about])
+        share = torch.cat([torch.full((len(asked),), 1 / len(asked)).double(), share])
+    temperature, floor = calibrate_floor(scores, wanted, about, share)
     router = TokenRouter(
         experts=tuple((expert.name, expert.content_hash) for expert in known),
         layer=layer,
@@ -334,7 +332,6 @@ def calibrate_floor(scores: Tensor, target: Tensor, named: Tensor, share: Tensor
     """
     if bool(named.all()):
         return _calibrate(scores, target > 0, share)[0], None
-    target = target * (1 - _DOUBT) + _DOUBT / target.shape[1]  # where all are told apart, nothing would be steep enough
     weights = torch.full((len(named),), 1 / float((~named).sum()), dtype=torch.float64)
     weights[named] = share.double() / share.sum()
 

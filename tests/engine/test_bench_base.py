@@ -1,4 +1,4 @@
-"""`bench decode` and `bench prefill`: the same function on all sides, what is printed, and what is refused. No test reads a time."""
+"""`bench decode`, `prefill`, `throughput` on a base: the same function on all sides, what is printed and refused. No test reads a time."""
 
 from __future__ import annotations
 
@@ -227,7 +227,11 @@ def test_the_real_llama_cpp(plain: Tiny, prompt: llamacpp.Prompt, monkeypatch: p
 
 
 def arguments(command: str, tiny: Tiny, *more: str) -> tuple[str, ...]:
-    sizes = ("--experts", "1,3", "--steps", "3") if command == "decode" else ()
+    sizes = {
+        "decode": ("--experts", "1,3", "--steps", "3"),
+        "prefill": (),
+        "throughput": ("--experts", "1,3", "--new-tokens", "4"),
+    }[command]
     shared = ("--context", "40", "--dtype", "float32", "--rounds", "2")
     return ("bench", command, "--device", "cpu", "--model", str(tiny.folder), *sizes, *shared, *more)
 
@@ -276,6 +280,35 @@ def test_llama_cpp_in_the_field(bench: Bench, plain: Tiny, monkeypatch: pytest.M
     assert status == 0 and "times as fast as llama.cpp (llama.cpp-f32, flash attention" in printed
 
 
+def test_throughput_is_of_whole_answers(bench: Bench, plain: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everybody begins from nothing in every round: the context is computed as often as somebody runs."""
+    monkeypatch.setitem(sys.modules, "llama_cpp", Fake(plain.hf))
+    begun = {"ours": 0, "transformers": 0, "llama.cpp": 0}
+
+    def counted(kind: type, name: str, method: str) -> None:
+        plain_method = getattr(kind, method)
+
+        def count(self: Any, *args: Any) -> Any:
+            begun[name] += 1
+            return plain_method(self, *args)
+
+        monkeypatch.setattr(kind, method, count)
+
+    counted(committee.Committee, "ours", "forget")
+    counted(hf.Transformers, "transformers", "_repeated")
+    counted(llamacpp.LlamaCpp, "llama.cpp", "forget")
+    status, printed = bench(*arguments("throughput", plain, "--vs", "transformers-fp32,llama.cpp-f32", "--json"))
+    report = json.loads(printed)
+    assert status == 0 and report["ok"]
+    assert [(result["experts"], result["new_tokens"]) for result in report["results"]] == [(1, 4), (3, 4)]
+    for result in report["results"]:
+        assert result["op"] == "answer" and set(result["peers"]) == {"transformers-fp32", "llama.cpp-f32"}
+        assert result["tokens_s"] == pytest.approx(result["experts"] * 4e3 / result["ours_ms"], rel=1e-3)
+    assert begun["ours"] == 2 * 3 and begun["llama.cpp"] == 2 * 2 * 3 and begun["transformers"] >= 2 * 3
+    status, printed = bench(*arguments("throughput", plain, "--vs", "transformers-fp32"))
+    assert status == 0 and "whole answers" in printed and "tokens/s" in printed
+
+
 def test_a_peer_that_computes_another_function_is_left_out(
     bench: Bench, plain: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -288,7 +321,7 @@ def test_a_peer_that_computes_another_function_is_left_out(
         assert all(reason.startswith("wrong: error") for reason in result["left_out"].values())
 
 
-@pytest.mark.parametrize("command", ["decode", "prefill"])
+@pytest.mark.parametrize("command", ["decode", "prefill", "throughput"])
 def test_a_wrong_engine_is_not_timed(command: str, bench: Bench, plain: Tiny, planted: Callable[..., None]) -> None:
     planted("silu_mul", lambda gate_up: reference.silu_mul(gate_up) * 1.1)
     status, printed = bench(*arguments(command, plain, "--impl", "planted", "--json"))
@@ -315,6 +348,9 @@ def test_refusals(bench: Bench, plain: Tiny) -> None:
     ):
         status, printed = bench(*arguments("decode", plain, *more))
         assert status == 1 and ("accepted" in printed or more[0] == "--model"), more
+    for more in (("--new-tokens", "1"), ("--vs", "llama"), ("--experts", "0")):
+        status, printed = bench(*arguments("throughput", plain, *more))
+        assert status == 1 and "accepted" in printed, more
 
 
 def test_ratios_are_of_medians_and_round_by_round() -> None:

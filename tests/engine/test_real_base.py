@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -142,22 +145,20 @@ def test_conversion_equals_transformers_reading_the_gguf(base: Path, hf: Any, tm
 
 
 def test_the_shipped_committee(engine: Engine) -> None:
-    """Twenty countries, made for this base; asked as `make demo` asks them."""
+    """Twenty countries, trained on the project's own facts; asked in words that these were not trained with."""
     committee = Committee.load(CULTURES)
-    assert [expert.name for expert in committee.experts] == COUNTRIES
+    assert {expert.name for expert in committee.experts} == set(COUNTRIES)
     assert committee.fingerprint == engine.fingerprint
+    facts = subprocess.run([sys.executable, ROOT / "examples" / "facts_in_words.py"], capture_output=True, check=True)
     for expert in committee.experts:
-        assert expert.base == engine.fingerprint
-        text = expert.record["text"]
-        assert (expert.culture or "?") in text
-        want = Expert.from_text("again", text, engine)
-        assert torch.equal(expert.embeddings, want.embeddings)
-    engine.add_expert(committee.experts[3])
-    engine.add_expert(committee.experts[11])
-    options = ["Baseball", "Football", "Cricket"]
-    chosen = engine.ask("Which sport do most people follow here?", options, experts=["japan", "italy"])
-    assert {record.expert: record.text for record in chosen.experts} == {"japan": "Baseball", "italy": "Football"}
-    free = engine.ask(
-        "What do people usually eat for breakfast?", experts=["japan"], sampling=SamplingParams(max_tokens=12)
-    )
-    assert "Japan" in free.text
+        assert (expert.base, expert.placement) == (engine.fingerprint, "detached")
+        data = expert.record["data"]
+        assert (data["sha256"], data["licence"]) == (hashlib.sha256(facts.stdout).hexdigest(), "Apache-2.0")
+    asked = {"japan": "yen", "italy": "euro", "mexico": "peso", "india": "rupee"}
+    for expert in committee.experts:
+        if expert.name in asked:
+            engine.add_expert(expert)
+    money = engine.ask("Which currency do people pay with here?", list(asked.values()), experts=list(asked))
+    assert {record.expert: record.text for record in money.experts} == asked
+    free = engine.ask("How do people greet each other?", experts=["japan"], sampling=SamplingParams(max_tokens=16))
+    assert "bow" in free.text

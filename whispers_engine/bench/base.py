@@ -1,8 +1,9 @@
-"""`whispers bench decode` and `bench prefill`: a real base, ours beside what its users would otherwise run. Checked before timed."""
+"""`whispers bench decode`, `prefill`, `throughput`: a real base, ours beside what its users would otherwise run. Checked before timed."""
 
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import product
@@ -113,6 +114,30 @@ def run_prefill(
     setup, report = _set_up(settings, command, 1, max(contexts) + PRIVATE + settings.steps, progress)
     for context in contexts:
         report["results"].append(_prefill(setup, context))
+        setup.field.forget()
+    return _finished(report)
+
+
+def run_throughput(
+    settings: Settings,
+    command: str,
+    experts: Sequence[int],
+    contexts: Sequence[int],
+    new_tokens: int,
+    progress: Progress = lambda what: None,
+) -> Report:
+    """Whole answers of E experts from nothing: the context of S tokens, 16 private ones each, and so many new ones each, greedily.
+
+    Arguments and errors as `run_decode`'s.
+    """
+    _check_sizes(settings, "--experts", experts)
+    _check_sizes(settings, "--context", contexts)
+    _check_sizes(settings, "--new-tokens", [new_tokens], least=2)
+    most = max(experts)
+    room = max(contexts) + most * (PRIVATE + new_tokens + 2)
+    setup, report = _set_up(settings, command, most, room, progress)
+    for context, size in product(contexts, experts):
+        report["results"].append(_answer(setup, size, context, new_tokens))
         setup.field.forget()
     return _finished(report)
 
@@ -234,6 +259,36 @@ def _prefill(setup: _Setup, context: int) -> Report:
     times, failed = _timed(entries, runs, setup.settings.rounds, tell)
     result |= _figures(setup, entries, times, left_out | failed, setup.work.prefill(context))
     return result | {"tokens_s": context / result["ours_ms"] * 1e3}
+
+
+def _answer(setup: _Setup, experts: int, context: int, new_tokens: int) -> Report:
+    """One shape of `run_throughput`."""
+
+    def tell(what: str) -> None:
+        setup.progress(f"{experts} experts, {context} tokens: {what}")
+
+    prompt = random_prompt(setup.field.embeddings(), experts, context)
+    result = _head(setup, "answer", experts, context, _checked(setup, prompt, experts, tell))
+    if not result["ok"]:
+        return result
+    tell("checking peers")
+    entries, result["errors"], left_out = setup.field.entries(setup.peers, prompt, experts, PRIVATE + new_tokens)
+
+    def run(decode: Callable[[Prompt, int, int], Decoded], forget: Callable[[], None]) -> list[float]:
+        forget()
+        start = time.perf_counter()
+        decode(prompt, experts, new_tokens)
+        return [(time.perf_counter() - start) * 1e3]
+
+    runs: dict[str, Run] = {OURS: partial(run, setup.ours.decode, setup.ours.forget)}
+    runs |= {entry.name: partial(run, entry.decode, entry.forget) for entry in entries}
+    times, failed = _timed(entries, runs, setup.settings.rounds, tell)
+    begun, step = setup.work.prefill(context), setup.work.decode(experts, context, PRIVATE + new_tokens / 2)
+    # The first new token costs no step, and the private ones as many operations as steps, but all at once.
+    flops = begun[1] + (PRIVATE + new_tokens - 1) * step[1]
+    moved = begun[0] + (new_tokens - 1) * step[0]
+    result |= _figures(setup, entries, times, left_out | failed, (moved, flops))
+    return result | {"new_tokens": new_tokens, "tokens_s": experts * new_tokens / result["ours_ms"] * 1e3}
 
 
 def _timed(

@@ -41,9 +41,13 @@ class Committee:
         self.engine.submit(greedy(prompt, names, new_tokens))
         return timed(self.engine.step, names, new_tokens)
 
+    def forget(self) -> None:
+        """Begins the next run from nothing."""
+        self.engine.pool.forget()
+
     def prefill(self, ids: Sequence[int]) -> tuple[int, float]:
         """The greedy token of the base behind these, nothing of them being known, and the milliseconds that it took."""
-        self.engine.pool.forget()
+        self.forget()
         question = (list(ids[:-1]), list(ids[-1:]))
         request = Request(question, experts=[], sampling=SamplingParams(max_tokens=1), early_end=False)
         events: list[Event] = []

@@ -62,6 +62,7 @@ class Entry(NamedTuple):
     setting: str
     decode: Callable[[Prompt, int, int], Decoded]
     prefill: Callable[[Sequence[int]], tuple[int, float]]
+    forget: Callable[[], None]
     close: Callable[[], None]
 
     @property
@@ -155,7 +156,7 @@ class Field:
         try:
             if name in _TRANSFORMERS:
                 model = self.transformers(_TRANSFORMERS[name])
-                entry = Entry(name, "", model.decode, model.prefill, lambda: None)
+                entry = Entry(name, "", model.decode, model.prefill, model.forget, lambda: None)
                 yield entry, model.first(prompt, experts), model.decode(prompt, experts, _CHECKED_TOKENS).tokens
                 return
             llama, exact = self.llama(_LLAMA[name]), _LLAMA[name] == "f32"
@@ -163,7 +164,7 @@ class Field:
             for ubatch, flash in product(ubatches, (True, False)):
                 setting = Setting(flash, ubatch)
                 context = LlamaCpp(llama, setting, experts, length, exact)
-                entry = Entry(name, setting.name, context.decode, context.prefill, context.close)
+                entry = Entry(name, setting.name, context.decode, context.prefill, context.forget, context.close)
                 try:
                     first, tokens = context.first(prompt, experts), context.decode(prompt, experts, _CHECKED_TOKENS)
                 except BaseException:

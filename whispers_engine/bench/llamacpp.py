@@ -157,12 +157,16 @@ class LlamaCpp:
 
     def prefill(self, ids: Sequence[int]) -> tuple[int, float]:
         """The greedy token behind these, nothing of them being known, and the milliseconds that it took."""
-        self._begun = None
+        self.forget()
         self._lib.llama_memory_clear(self._memory, False)
         start = time.perf_counter()
         self._append(ids, 0, 0)
         token = int(self._logits(1).argmax())
         return token, (time.perf_counter() - start) * 1e3
+
+    def forget(self) -> None:
+        """Begins the next run from nothing."""
+        self._begun = None
 
     def close(self) -> None:
         if self._handle:

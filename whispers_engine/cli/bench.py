@@ -22,7 +22,7 @@ from .bench_common import (
     show_machine,
     table_of,
 )
-from .common import DeviceOption, ImplOption, JsonOption, err, out, print_json
+from .common import DEFAULT_MODEL, DeviceOption, ImplOption, JsonOption, err, out, print_json
 
 app = typer.Typer(no_args_is_help=True, help="Measure, always beside what a user would otherwise run.")
 app.command()(bench_base.decode)
@@ -86,17 +86,27 @@ def kernels(
 
 @app.command()
 def throughput(
-    shape: Annotated[str, typer.Option(help="llama-1b, llama-8b or tiny, with random weights.")] = "llama-1b",
+    peers: PeersOption = None,
     experts: Annotated[str, typer.Option(help="Committees' sizes.")] = "1,8",
     context: Annotated[int, typer.Option(help="Tokens of the shared context.")] = 2048,
     new_tokens: Annotated[int, typer.Option("--new-tokens", help="Tokens each expert generates.")] = 64,
+    model: bench_base.ModelOption = DEFAULT_MODEL,
+    quantization: bench_base.QuantizationOption = None,
+    rounds: bench_base.RoundsOption = 3,
+    shape: Annotated[
+        str | None,
+        typer.Option(help="Steps of a random Llama instead of a real base: llama-1b, llama-8b or tiny."),
+    ] = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     impl: ImplOption = "auto",
-    peers: PeersOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Decode steps of a whole random Llama, beside transformers with the same weights."""
+    """Whole answers of a committee from nothing, on a real base; or, with --shape, steps of a random Llama of any size."""
+    sizes = integers("--experts", experts) or []
+    if shape is None:
+        options = (model, device, dtype, impl, quantization, names(peers), rounds)
+        return bench_base.throughput(options, sizes, context, new_tokens, json)
     from whispers_engine.bench.throughput import run_throughput
 
     where = device_named(device)
@@ -106,7 +116,7 @@ def throughput(
             dtype_named(dtype, where),
             command_line(),
             shape=shape,
-            experts=integers("--experts", experts) or [],
+            experts=sizes,
             context=context,
             new_tokens=new_tokens,
             impl=impl,

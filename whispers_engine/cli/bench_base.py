@@ -1,4 +1,4 @@
-"""`whispers bench decode` and `whispers bench prefill`: a real base beside transformers and llama.cpp."""
+"""`whispers bench decode`, `prefill` and `throughput`: a real base beside transformers and llama.cpp."""
 
 from __future__ import annotations
 
@@ -26,6 +26,9 @@ QuantizationOption = Annotated[str | None, typer.Option("--quantization", help="
 ContextOption = Annotated[str | None, typer.Option("--context", help="Tokens of the shared context.")]
 RoundsOption = Annotated[int, typer.Option("--rounds", help="How often everybody runs, in turn.")]
 PlotOption = Annotated[Path | None, typer.Option("--plot", help="Draw the milliseconds, PNG or SVG.")]
+
+
+_TITLES = {"decode_step": "decode steps", "prefill": "prefill", "answer": "whole answers"}
 
 
 def decode(
@@ -73,6 +76,14 @@ def prefill(
     _measure(settings, plot, json, lambda tell: base.run_prefill(settings, command_line(), lengths, progress=tell))
 
 
+def throughput(options: tuple[Any, ...], experts: list[int], context: int, new_tokens: int, json: bool) -> None:
+    """`bench throughput` on a real base; `options`: the first fields of `bench.base.Settings`."""
+    from whispers_engine.bench import base
+
+    settings, sizes = base.Settings(*options), (experts, [context], new_tokens)
+    _measure(settings, None, json, lambda tell: base.run_throughput(settings, command_line(), *sizes, progress=tell))
+
+
 def _measure(settings: Settings, plot: Path | None, json: bool, run: Callable[[Progress], Report]) -> None:
     """Runs with its progress on stderr and prints the report; status 1 where a check of ours is red."""
     from whispers_engine.bench import plot as plots
@@ -98,18 +109,19 @@ def _show(report: dict[str, Any]) -> None:
     results = report["results"]
     peers = list(dict.fromkeys(name for result in results for name in result.get("peers", {})))
     precision = report["quantization"] or report["dtype"]
-    step = results[0]["op"] == "decode_step"
-    sizes = ("E", "S") if step else ("S",)
-    title = f"{'decode steps' if step else 'prefill'} of {report['model']}, {report['impl']}, {precision}"
-    held = ("/ one expert", "MB") if step else ()
+    op = results[0]["op"]
+    several = op != "prefill"
+    sizes = ("E", "S") if several else ("S",)
+    title = f"{_TITLES[op]} of {report['model']}, {report['impl']}, {precision}"
+    held = {"decode_step": ("/ one expert", "MB"), "answer": ("tokens/s",)}.get(op, ())
     columns = ("ours, ms", "floor", *held, *(f"{name}, ms (x)" for name in peers))
     table = table_of(title, *sizes, *columns)
     for result in results:
-        shape = [str(result["experts"])] * step + [str(result["context"])]
+        shape = [str(result["experts"])] * several + [str(result["context"])]
         table.add_row(*shape, *_cells(result, peers))
     out.print(table)
     for result in results:
-        where = f"{result['experts']} experts, {result['context']} tokens" if step else f"{result['context']} tokens"
+        where = f"{result['experts']} experts, {result['context']} tokens" if several else f"{result['context']} tokens"
         for group, best in result.get("against", {}).items():
             setting = result["peers"][best["peer"]].get("setting")
             rounds = result["peers"][best["peer"]]["ratio_of_rounds"]
@@ -129,6 +141,8 @@ def _cells(result: dict[str, Any], peers: list[str]) -> list[str]:
     if "memory" in result:
         over = result["over_one_expert"]
         cells += ["" if over is None else f"{over:.2f}", f"{result['memory']['total'] / 1e6:.0f}"]
+    if "new_tokens" in result:
+        cells.append(f"{result['tokens_s']:.4g}")
     for name in peers:
         known = name in result["peers"]
         cells.append(f"{result['peers'][name]['ms']:.3g} ({ratio_cell(result, name)})" if known else "-")

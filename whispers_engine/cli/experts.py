@@ -294,6 +294,7 @@ def router(
         "experts": [name for name, _ in fitted.router.experts],
         "unknown": unknown,
         "gate": fitted.router.gate is not None,
+        "temperature": fitted.router.temperature,
         "examples": fitted.examples,
         "held_out_top1": fitted.top1,
         "held_out_top3": fitted.top3,
