@@ -138,5 +138,5 @@ def test_the_shipped_router_is_what_its_examples_give(engine: Engine) -> None:
     fitted = fit_router(engine, [*some, *read_examples(DATA / "neutral.jsonl")[:40]])
     assert engine.router is not None and engine.router.gate is not None and fitted.router.gate is not None
     assert (fitted.router.layer, fitted.router.kind) == (engine.router.layer, engine.router.kind)
-    assert [name for name, _ in fitted.router.experts] == ["japan", "italy"]
+    assert {name for name, _ in fitted.router.experts} == {"japan", "italy"}
     assert fitted.top1 >= 0.9 and fitted.gate_auroc is not None and fitted.gate_auroc >= 0.9
