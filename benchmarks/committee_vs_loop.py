@@ -14,6 +14,7 @@ import platform
 import statistics
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -61,9 +62,13 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     base = pull("smollm2-135m-instruct")
-    engine = Engine(base, ROOT / "examples" / "cultures", dtype="float32")
+    engine = Engine(base, dtype="float32")
+    for expert in Committee.load(ROOT / "examples" / "cultures").experts:
+        engine.add_expert(
+            replace(expert, placement="suffix")
+        )  # which transformers' users can say with `inputs_embeds` alone
     hf = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
-    names = [expert.name for expert in Committee.load(ROOT / "examples" / "cultures").experts]
+    names = engine.experts
     words = (ROOT / "LICENSE").read_text().split()
     results = []
     for length in (100, 500):
