@@ -9,8 +9,8 @@ struct EmbedRows {
   const int64_t* ids;  // [rows]; from `vocabulary` on, rows of `soft`
   const void* table;   // [vocabulary, hidden]
   const void* soft;    // [*, hidden], or null
-  void* out;           // [rows, hidden], in the table's dtype
-  int64_t rows, vocabulary, hidden, table_row, soft_row, dtype, soft_dtype;
+  void* out;           // [rows, hidden]
+  int64_t rows, vocabulary, hidden, table_row, soft_row, dtype, soft_dtype, out_dtype;
 };
 
 struct RmsNorm {

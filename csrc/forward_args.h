@@ -22,7 +22,7 @@ struct Forward {
   int64_t count;
   const void* norm;          // [hidden], the last one
   void* const* taps;         // [count + 1] where the hidden states before each layer, and the last ones, go; null: nowhere
-  void* hidden;              // [rows, hidden] the residual stream, while it runs
+  float* hidden;             // [rows, hidden] the residual stream, while it runs
   void* normed;              // [rows, hidden]; the result
   void* qkv;                 // [rows, (q_heads + 2 kv_heads) dim]; this and the next three: room
   void* q;                   // [rows, q_heads, dim]

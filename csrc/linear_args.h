@@ -1,8 +1,8 @@
 // Packed weights, and the arguments of a linear over them, as the Python side (`whispers_kernels/cpp/linear.py`) lays them out.
 //
 // A word is 32 bits of one output: one float32, two neighbours in depth of bf16, or four of int8; a matrix [outputs, depth] has
-// steps = ceil(depth / numbers a word) words an output, zeros behind the end. (An int8 is held as its value plus 128: where one factor of a
-// product must be unsigned, and it is the weight, what makes up for it is a number a row of x, not one an output.) Outputs come in panels of 48, the last one narrower (a
+// steps = ceil(depth / numbers a word) words an output, zeros behind the end. Of four int8 the middle two have changed places: the even
+// bytes, widened, then meet two neighbours of x, and the odd ones the next two. Outputs come in panels of 48, the last one narrower (a
 // multiple of 16): panel p holds words [steps, 48], so that a thread reads its panels as one stream, and one load meets one word of x.
 // In a gated matrix every 16 outputs are 8 gates and the 8 ups of the same index.
 #pragma once

@@ -50,21 +50,17 @@ inline void prepare_row(PairWords, const T* x, int64_t depth, float* words) {
 #endif
 }
 
-// Numbers as signed bytes, or as int16 in the order of QuadWords.
-inline void store_quads(float* words, int64_t at, int64_t count, Vec numbers) {
-#if WHISPERS_LEVEL >= 2
-  _mm_mask_storeu_epi8(reinterpret_cast<int8_t*>(words) + at, first(count), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(numbers)));
+inline void store_whole(int16_t* to, Vec numbers, int64_t count) {
+#if WHISPERS_LEVEL >= 1
+  _mm256_mask_storeu_epi16(to, first(count), _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(numbers)));
 #else
   float number[W];
   store(number, numbers);
-  for (int64_t i = 0; i < smaller(W, count); ++i) {
-    const int64_t to = (at + i) / 4 * 4 + i % 4 / 2 + i % 2 * 2;  // 0, 2, 1, 3
-    reinterpret_cast<int16_t*>(words)[to] = static_cast<int16_t>(number[i]);
-  }
+  for (int64_t i = 0; i < smaller(W, count); ++i) to[i] = static_cast<int16_t>(number[i]);
 #endif
 }
 
-// x = number * scale, with a span's largest magnitude at 127. One with an infinity or a NaN gets the scale NaN.
+// x = number * scale, with a span's largest magnitude at 32767. One with an infinity or a NaN gets the scale NaN.
 template <class T>
 inline void prepare_row(QuadWords, const T* x, int64_t depth, float* words) {
   constexpr int64_t kGroup = QuadWords::kSpan * QuadWords::kNumbers;
@@ -72,23 +68,19 @@ inline void prepare_row(QuadWords, const T* x, int64_t depth, float* words) {
   float* marks = words + padded / QuadWords::kNumbers * QuadWords::kLeft;
   for (int64_t begin = 0; begin < depth; begin += kGroup, marks += QuadWords::kMarks) {
     const int64_t end = smaller(begin + kGroup, padded);
-    Vec most = zero(), spoilt = zero(), total = zero();
+    Vec most = zero(), spoilt = zero();
     for (int64_t at = begin; at < end; at += W) {
       const Vec value = load(x + at, depth - at);
       most = max(magnitude(value), most);
       spoilt = fma(value, zero(), spoilt);  // NaN from then on
     }
     const float top = largest(most);
-    const Vec factor = splat(top > 0x1p-120f ? 127.0f / top : 0.0f), bound = splat(3e38f);
+    const Vec factor = splat(top > 0x1p-110f ? 32767.0f / top : 0.0f), bound = splat(3e38f);
     for (int64_t at = begin; at < end; at += W) {
       const Vec value = min(max(load(x + at, depth - at), zero() - bound), bound);  // not infinite: that times 0 would be NaN
-      const Vec numbers = round(value * factor);
-      total = total + numbers;
-      store_quads(words, at, end - at, numbers);
+      store_whole(reinterpret_cast<int16_t*>(words) + at, round(value * factor), end - at);
     }
-    marks[0] = top * (1.0f / 127.0f) + sum(spoilt);
-    const int32_t start = -128 * static_cast<int32_t>(sum(total));  // of the weights, which are 128 too large
-    __builtin_memcpy(marks + 1, &start, sizeof start);
+    *marks = top * (1.0f / 32767.0f) + sum(spoilt);
   }
 }
 

@@ -23,7 +23,7 @@ __attribute__((noinline)) void linear_tile(const float* w, int64_t w_step, const
 #pragma GCC unroll 8
     for (int i = 0; i < kTileRows; ++i) {
 #pragma GCC unroll 4
-      for (int j = 0; j < kVecs; ++j) total[i][j] = Words::begin(marks + i * x_row);
+      for (int j = 0; j < kVecs; ++j) total[i][j] = Words::begin();
     }
     for (int64_t step = begin; step < end;) {
       const int64_t stop = smaller(step + kFetchSteps, end);

@@ -24,7 +24,8 @@ inline void unpack_row(const Packed& p, int64_t id, float* row) {
           const uint32_t bits = word >> 16 * i << 16;
           __builtin_memcpy(to, &bits, 4);
         } else {
-          *to = static_cast<float>(static_cast<int>(word >> 8 * i & 255) - 128) * p.scale[id];
+          const int64_t byte = i == 0 || i == 3 ? i : 3 - i;
+          *to = static_cast<float>(static_cast<int8_t>(word >> 8 * byte)) * p.scale[id];
         }
       }
     }
@@ -37,11 +38,9 @@ inline void unpack_or_soft_row(const UnpackRows& a, int64_t row, float* floats) 
   T* out = static_cast<T*>(a.out) + row * depth;
   if (id < a.weights.outputs) {
     unpack_row(a.weights, id, floats);
-    for (int64_t at = 0; at < depth; at += W) store(out + at, load(floats + at, depth - at), depth - at);
-    return;
+    return convert_row(floats, out, depth);
   }
-  const S* soft = static_cast<const S*>(a.soft) + (id - a.weights.outputs) * a.soft_row;
-  for (int64_t at = 0; at < depth; at += W) store(out + at, load(soft + at, depth - at), depth - at);
+  convert_row(static_cast<const S*>(a.soft) + (id - a.weights.outputs) * a.soft_row, out, depth);
 }
 
 // Bytes of each thread's scratch.

@@ -34,8 +34,8 @@ inline float sum_of_squares(const T* x, int64_t width) {
 }
 
 // One row. `out` may be `x`. The sum of x and a residual is rounded to T, kept in `total` (which may be `residual`), and normalised as kept.
-template <class T, class Weight>
-inline void rms_norm_row(const T* x, const T* residual, const Weight* weight, T* out, T* total, int64_t width, float eps) {
+template <class T, class Weight, class Out>
+inline void rms_norm_row(const T* x, const T* residual, const Weight* weight, Out* out, T* total, int64_t width, float eps) {
   if (residual != nullptr) {
     each_vector(width, [&](int64_t at, int64_t n) { store(total + at, load(x + at, n) + load(residual + at, n), n); });
     x = total;

@@ -217,4 +217,16 @@ inline Vec zero() { return splat(0.0f); }
 inline Vec minus_infinity() { return splat(-__builtin_inff()); }
 inline Vec magnitude(Vec x) { return max(x, zero() - x); }
 
+// `count` numbers in another format; in the same one, their very bits.
+template <class From, class To>
+inline void convert_row(const From* from, To* to, int64_t count) {
+  if constexpr (__is_same(From, To)) {
+    __builtin_memcpy(to, from, count * sizeof(To));
+  } else {
+    int64_t at = 0;
+    for (; at + W <= count; at += W) store(to + at, load(from + at));
+    if (at < count) store(to + at, load(from + at, count - at), count - at);
+  }
+}
+
 }  // namespace whispers::WHISPERS_ISA

@@ -43,8 +43,7 @@ class Engine:
         committee: its folder; None: the base alone, until experts are added.
         device: "auto" (cuda where there is one), "cpu", "cuda", "cuda:1", ...
         dtype: "auto" (on a GPU as stored; on a CPU bfloat16 where it multiplies that, else float32), "float32", "bfloat16", "float16".
-        quantization: None, or "int8" (on a CPU): the matrices of all layers but the first two, with one scale an output. Those
-            two and the head stay as they are.
+        quantization: None, or "int8" (on a CPU): the layers' matrices, with one scale an output; the head stays as it is.
         kv_cache_dtype: "auto", the model's.
         kv_cache_tokens: size of the page pool in positions; None: on a GPU 85 % of the memory that the weights leave free, on a CPU four
             of the base's longest contexts, within a quarter of the memory.

@@ -133,7 +133,7 @@ class Model:
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
-        """Next-token logits `[R, V]` of final hidden states `[R, hidden]`, in the model's dtype."""
+        """Next-token logits `[R, V]` of final hidden states `[R, hidden]`: float32 from the C++ kernels, else in the model's dtype."""
         if self._packed is not None:
             return self._packed.logits(hidden)
         assert self._weights is not None

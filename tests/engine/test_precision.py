@@ -1,6 +1,9 @@
-"""What an engine computes in: the dtype that a machine suits, and int8 matrices."""
+"""What an engine computes in: the dtype that a machine suits, float32 where bfloat16 would lose most, and int8 matrices."""
 
 from __future__ import annotations
+
+import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -31,8 +34,25 @@ def test_a_cpu_computes_in_bfloat16_where_it_multiplies_it(
 
 
 @needs_cpp
+def test_the_residual_stream_and_the_logits_are_float32(llama: Tiny, tmp_path: Path) -> None:
+    """Two layers that add 0.75 to 256 each: 257.5, which a bfloat16 stream (it goes by twos there) would never reach."""
+    hf = copy.deepcopy(llama.hf)
+    for parameter in hf.parameters():
+        parameter.data.zero_()
+    hf.model.embed_tokens.weight.data.fill_(256)
+    for layer in hf.model.layers:
+        layer.mlp.down_proj.bias.data.fill_(0.75)
+    hf.save_pretrained(tmp_path)
+    llama.tokenizer.save_pretrained(tmp_path)
+    engine = Engine(tmp_path, impl="cpp", dtype="bfloat16")
+    (states,) = engine.read_tokens(["Whose turn is it?"], 2)
+    assert states.unique().tolist() == [258]  # 257.5, rounded for the reader
+    assert engine.model.logits(torch.ones(2, llama.hidden, dtype=torch.bfloat16)).dtype == torch.float32
+
+
+@needs_cpp
 def test_int8_is_near_and_smaller(tiny: Tiny) -> None:
-    """Of three layers one is quantised: near is what its rounding can move, and far enough to show that it is."""
+    """Near is what its rounding can move, and far enough to show that it does."""
     plain = Engine(tiny.folder, impl="cpp")
     small = Engine(tiny.folder, impl="cpp", quantization="int8")
     assert small.model.weight_bytes < 0.9 * plain.model.weight_bytes

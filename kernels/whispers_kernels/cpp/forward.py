@@ -19,10 +19,7 @@ from .packing import Memory
 from .small_ops import likeliest
 
 # A Forward of csrc/forward_args.h: itself, then its EmbedRows, UnpackRows, RopeAndStore and Attention.
-_forward = operation("forward", "15qd" + "11q" + "14q" + "31q" + "35q2d")
-
-
-KEPT_LAYERS = 2  # at the bottom, that are never quantised: what they lose all others build on. See docs/performance.md
+_forward = operation("forward", "15qd" + "12q" + "14q" + "31q" + "35q2d")
 
 
 class LayerWeights(Protocol):
@@ -73,7 +70,7 @@ class Forward:
         norm: `[hidden]`, the last one.
         head: `[V, hidden]`; the very tensor `embeddings` where it is tied: it is then packed once, and rows are read from there.
         sizes: the decoder's shape.
-        quantization: of the layers' matrices, but the first two layers'; those and the head keep the weights' dtype. None, or "int8".
+        quantization: of the layers' matrices; the head keeps the weights' dtype. None, or "int8".
 
     Attributes:
         nbytes: of all weights that are held.
@@ -96,14 +93,13 @@ class Forward:
         self._packed: list[PackedLinear] = []
         self._norms: list[Tensor] = []
         blocks: list[int] = []
-        for index, layer in enumerate(layers):
-            rounded = quantization if index >= KEPT_LAYERS else None
+        for layer in layers:
             norms = (layer.attn_norm, layer.mlp_norm, layer.q_norm, layer.k_norm)
             matrices = [
-                PackedLinear(layer.qkv, layer.qkv_bias, rounded, memory=memory),
-                PackedLinear(layer.out, layer.out_bias, rounded, memory=memory),
-                PackedLinear(layer.gate_up, layer.gate_up_bias, rounded, gated=True, memory=memory),
-                PackedLinear(layer.down, layer.down_bias, rounded, memory=memory),
+                PackedLinear(layer.qkv, layer.qkv_bias, quantization, memory=memory),
+                PackedLinear(layer.out, layer.out_bias, quantization, memory=memory),
+                PackedLinear(layer.gate_up, layer.gate_up_bias, quantization, gated=True, memory=memory),
+                PackedLinear(layer.down, layer.down_bias, quantization, memory=memory),
             ]
             kept = [None if weight is None else weight.clone() for weight in norms]
             self._norms += [weight for weight in kept if weight is not None]
@@ -126,12 +122,12 @@ class Forward:
         return self.head.rows(ids, dtype=self._dtype) if self._table is None else self._table[ids]
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Next-token logits `[R, V]` of final hidden states `[R, hidden]`."""
-        return self.head(hidden)
+        """Next-token logits `[R, V]` of final hidden states `[R, hidden]`, float32: of 20 and more, bfloat16 would drop 0.06."""
+        return self.head(hidden, dtype=torch.float32)
 
     def likeliest(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """The likeliest next token int64 `[R]` of final hidden states `[R, hidden]`, and its log-probability, float32 `[R]`."""
-        return likeliest(self.head(hidden))
+        return likeliest(self.logits(hidden))
 
     def __call__(
         self,
@@ -159,7 +155,7 @@ class Forward:
         rows, s = ids.shape[0], self._sizes
         q_heads, kv_heads, dim = s.q_heads, s.kv_heads, s.head_dim
         check_pages(k[0], v[0], None, None)
-        kind, page_kind = dtype_of(self._norm), dtype_of(k)
+        kind, page_kind, float32 = dtype_of(self._norm), dtype_of(k), dtype_of(cos)
         work = plan.work(tile_rows(self._dtype, k.dtype, q_heads // kv_heads, dim, plan.widest, ids.device))
         hidden, qkv, q, attended, gated = self._working(rows)
         out = torch.empty(rows, self._width, dtype=self._dtype)
@@ -184,10 +180,10 @@ class Forward:
             *(rows, self._width, self._intermediate, kind, k.stride(0) * k.element_size(), s.norm_eps),
             # EmbedRows
             *(address(ids), 0 if packed else address(table), address(soft), address(hidden)),
-            *(rows, table.shape[0], self._width, table.stride(0), soft_row, kind, soft_kind),
+            *(rows, table.shape[0], self._width, table.stride(0), soft_row, kind, soft_kind, float32),
             # UnpackRows
             *self.head.block,
-            *(address(ids), address(soft), address(hidden), rows, soft_row, soft_kind, kind),
+            *(address(ids), address(soft), address(hidden), rows, soft_row, soft_kind, float32),
             # RopeAndStore
             *(address(qkv), k_at, v_at, address(cos), address(sin), address(slots), address(q)),
             *(address(k), address(v), 0, 0),
@@ -202,10 +198,11 @@ class Forward:
         return out
 
     def _working(self, rows: int) -> list[Tensor]:
-        """Room for the hidden states, qkv, q, the attended rows and the gated ones, of the most rows so far."""
+        """Room for the hidden states, float32, and for qkv, q, the attended rows and the gated ones, of the most rows so far."""
         if self._room[0] < rows:
             s = self._sizes
             heads = s.q_heads * s.head_dim
-            widths = self._width, heads + 2 * s.kv_heads * s.head_dim, heads, heads, self._intermediate
-            self._room = rows, [torch.empty(rows, width, dtype=self._dtype) for width in widths]
+            widths = heads + 2 * s.kv_heads * s.head_dim, heads, heads, self._intermediate
+            room = [torch.empty(rows, width, dtype=self._dtype) for width in widths]
+            self._room = rows, [torch.empty(rows, self._width), *room]
         return self._room[1]

@@ -20,12 +20,12 @@ class PackedLinear:
     """y = x W^T + bias, with W in the order in which the kernels read it.
 
     A row's bits depend on that row alone, not on how many others there are. bfloat16 weights meet x rounded to bfloat16, float32 and
-    float16 weights meet it as float32 (float16 is packed as float32). Sums are float32, rounded once, to x's dtype.
+    float16 weights meet it as float32 (float16 is packed as float32). Sums are float32, rounded once, to the result's dtype.
 
     Args:
         weight: `[N, K]` float32, bfloat16 or float16 on the CPU; not kept.
         bias: `[N]`, or None.
-        quantization: None, or "int8": one scale an output; x is quantised at every call, one scale for 64 neighbours of a row.
+        quantization: None, or "int8": one scale an output; x is rounded to 16 bits at every call, one scale for 256 neighbours of a row.
         gated: W is gates `[N/2, K]` and ups behind each other, and the result `silu(gate) * up`, `[R, N/2]`.
         memory: what the packed weights lie in; None: memory of their own.
 
@@ -53,7 +53,6 @@ class PackedLinear:
             self._kind = _INT8
             weight, scale = quantize(weight)
             self._scale = padded_vector(scale, torch.float32)
-            weight = weight.to(torch.int16).add(128).to(torch.uint8)
         else:
             self._kind = _KINDS[weight.dtype]
             weight = weight.float() if self._kind == 0 else weight
@@ -70,15 +69,16 @@ class PackedLinear:
         """Bytes held."""
         return sum(t.nbytes for t in (self._words, self._scale, self._bias) if t is not None)
 
-    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Tensor, residual: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
         """Multiplies rows.
 
         Args:
             x: `[R, K]` float32, bfloat16 or float16 on the CPU.
-            residual: `[R, columns]` of x's dtype, added before the result is rounded; or None.
+            residual: `[R, columns]` of the result's dtype, added before the result is rounded; or None.
+            dtype: of the result: float32, bfloat16 or float16; None: x's.
 
         Returns:
-            `[R, columns]` in x's dtype.
+            `[R, columns]`.
 
         Raises:
             ValueError: another device, dtype or shape.
@@ -87,14 +87,14 @@ class PackedLinear:
             raise ValueError(f"x: {list(x.shape)}; accepted: [rows, {self.depth}]")
         _check_rows("x", x)
         x = dense(x)
-        out = torch.empty((x.shape[0], self.columns), dtype=x.dtype)
+        out = torch.empty((x.shape[0], self.columns), dtype=_result_dtype(dtype or x.dtype))
         if residual is not None:
-            if residual.shape != out.shape or residual.dtype != x.dtype or residual.device.type != "cpu":
+            if residual.shape != out.shape or residual.dtype != out.dtype or residual.device.type != "cpu":
                 found = f"{list(residual.shape)} {residual.dtype} on {residual.device}"
-                raise ValueError(f"residual: {found}; accepted: {list(out.shape)} {x.dtype} on the CPU")
+                raise ValueError(f"residual: {found}; accepted: {list(out.shape)} {out.dtype} on the CPU")
             residual = dense(residual)
-        dtype, residual_row = dtype_of(x), 0 if residual is None else residual.stride(0)
-        sizes = x.shape[0], x.stride(0), residual_row, self.columns, dtype, dtype
+        residual_row = 0 if residual is None else residual.stride(0)
+        sizes = x.shape[0], x.stride(0), residual_row, self.columns, dtype_of(x), dtype_of(out)
         _linear(*self.block, address(x), address(residual), address(out), 0, *sizes)
         return out
 
@@ -121,12 +121,10 @@ class PackedLinear:
                 raise ValueError(f"soft: {list(soft.shape)}; accepted: [rows, {self.depth}]")
             _check_rows("soft", soft)
             soft = dense(soft)
-        if dtype not in _ROWS:
-            raise ValueError(f"dtype: {dtype}; accepted: float32, bfloat16, float16")
         many = self.outputs + (0 if soft is None else soft.shape[0])
         if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < many:
             raise ValueError(f"ids: {int(ids.min())} to {int(ids.max())}; accepted: 0 to {many - 1}")
-        out, ids = torch.empty((ids.shape[0], self.depth), dtype=dtype), ids.contiguous()
+        out, ids = torch.empty((ids.shape[0], self.depth), dtype=_result_dtype(dtype)), ids.contiguous()
         soft_row, soft_dtype = (0, 0) if soft is None else (soft.stride(0), dtype_of(soft))
         pointers = address(ids), address(soft), address(out)
         _unpack_rows(*self.block, *pointers, ids.shape[0], soft_row, soft_dtype, dtype_of(out))
@@ -136,6 +134,12 @@ class PackedLinear:
 def _check_rows(name: str, x: Tensor) -> None:
     if x.dtype not in _ROWS or x.device.type != "cpu":
         raise ValueError(f"{name}: {x.dtype} on {x.device}; accepted: float32, bfloat16, float16 on the CPU")
+
+
+def _result_dtype(dtype: torch.dtype) -> torch.dtype:
+    if dtype not in _ROWS:
+        raise ValueError(f"dtype: {dtype}; accepted: float32, bfloat16, float16")
+    return dtype
 
 
 def _check(weight: Tensor, bias: Tensor | None, quantization: str | None, gated: bool) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .library import address, check_pages, dense, dtype_of, operation, page_layout
 
-_embed_rows = operation("embed_rows", "11q")
+_embed_rows = operation("embed_rows", "12q")
 _rms_norm = operation("rms_norm", "11qd")
 _rope_and_store = operation("rope_and_store", "31q")
 _silu_mul = operation("silu_mul", "6q")
@@ -22,7 +22,7 @@ def embed_rows(ids: Tensor, table: Tensor, soft: Tensor | None) -> Tensor:
     out = torch.empty((rows, hidden), dtype=table.dtype)
     soft_row = 0 if soft is None else soft.stride(0)
     pointers = address(ids), address(table), address(soft), address(out)
-    _embed_rows(*pointers, rows, vocabulary, hidden, table.stride(0), soft_row, kind, soft_kind)
+    _embed_rows(*pointers, rows, vocabulary, hidden, table.stride(0), soft_row, kind, soft_kind, kind)
     return out
 
 
