@@ -153,6 +153,14 @@ def test_fp8_pages_count_as_their_dequantised_values(impl: str, dtype: torch.dty
         check(case, case.inputs(dtype, FP8), impl, keywords)
 
 
+@every_impl_and_dtype
+def test_a_row_that_sees_one_key(impl: str, dtype: torch.dtype) -> None:
+    """Its weight is 2^(score - score), where one of both is rounded: an exponential that is rough beside 0 shows in the log-sum-exp."""
+    for seed in range(16):
+        case = Case((Segment([0], 1, 0, 0, 1),), (0,), page_size=1, num_pages=1, group=1, kv_heads=1, dim=4, seed=seed)
+        check(case, case.inputs(dtype), impl, {})
+
+
 @needs_triton
 def test_bfloat16_and_fp8_meet_in_float16() -> None:
     """Interpreted too, though results are cut to bfloat16 there, not rounded."""
