@@ -7,6 +7,7 @@ import json
 import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import tests.engine.test_cli as cli
 import tests.engine.test_evaluation_rows as rows
 from tests.engine.conftest import Tiny, soft_prompt
 from tests.engine.test_cli import Whispers, row
-from tests.engine.test_evaluation_rows import RECORDS, members, save, write
+from tests.engine.test_evaluation_rows import CULTURES, RECORDS, members, save, write
 from tests.engine.test_router import random_router
 from whispers_engine import Engine
 from whispers_engine.records import read_records
@@ -189,6 +190,16 @@ def test_what_was_learned_is_no_test(whispers: Whispers, source: Path, llama: Ti
     ran = whispers("eval", source, "--committee", save(tmp_path / "seen", llama, experts))
     assert ran.status == 0 and "seen: trained on this very file: andes" in ran.err
     assert "Trained on this very file: seen: andes" in (source.with_name("dev.eval") / "report.html").read_text()
+
+
+def test_one_prompt_for_every_culture(whispers: Whispers, source: Path, llama: Tiny, tmp_path: Path) -> None:
+    """Experts of the same content are one to compute, and to time."""
+    alike = [replace(members(llama)[0], name=f"as-{index}", culture=c) for index, c in enumerate(CULTURES)]
+    found = whispers("eval", source, "--committee", save(tmp_path / "alike", llama, alike), "--json").json()
+    row, other = (
+        next(r for r in found["metrics"]["similarity"]["rows"] if r["row"] == f"alike/{w}") for w in ("expert", "other")
+    )
+    assert row["macro"] == other["macro"] and any(one["who"] == "alike: 3 experts" for one in found["latency"])
 
 
 def test_without_a_committee(whispers: Whispers, source: Path, llama: Tiny, tmp_path: Path) -> None:

@@ -151,7 +151,7 @@ class Computer:
             found = []
             for job in jobs:
                 self.engine.pool.forget()
-                named = [self._names[expert] for expert in job.experts if expert != BASE]
+                named = [self._names[expert] for expert in dict.fromkeys(job.experts) if expert != BASE]
                 answer = self.engine.ask(job.prompt, job.options, named)
                 found.append(answer.timing["total"])
                 progress(what, 1)
