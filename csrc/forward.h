@@ -1,8 +1,8 @@
 // A decoder's forward over ragged rows in one call: the operations one after the other, a barrier where threads must meet.
 //
-// The residual stream is float32 whatever the weights are: rounded to bf16 after every product, as the plain composition does, it moves the
-// probabilities of SmolLM2-135M's options 3 times as far from float32's. It is added to in the products' epilogues. Between two barriers
-// every thread has its share of rows, heads or panels; ten barriers a layer cost 1 % of a step of one row.
+// The residual stream is float32 whatever the weights are, where the plain composition rounds it after every product: a bf16 one of 256
+// loses all that is below 1. It is added to in the products' epilogues. Between two barriers every thread has its share of rows, heads or
+// panels; ten barriers a layer cost 1 % of a step of one row.
 #pragma once
 
 #include "attention.h"

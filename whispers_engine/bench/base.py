@@ -30,9 +30,8 @@ SHAPES = ((1, 512), (8, 512), (1, 2048), (8, 2048), (32, 2048))  # experts, cont
 CONTEXTS = (512, 2048)
 PRIVATE = 16  # tokens of each expert behind the context: soft prompt and header
 _CHECKED_STEPS = 4
-_QUANTIZED = (
-    4.0  # int8 of an output's scale keeps about two bits fewer than bfloat16 of most weights: so many times its error
-)
+# int8 with an output's scale keeps two bits fewer than bfloat16 of most weights: so many times its error.
+_QUANTIZED = 4.0
 _ROUND_MS = 3000.0  # a contender whose steps are slow takes fewer of them a round, three at least
 
 Report = dict[str, Any]
