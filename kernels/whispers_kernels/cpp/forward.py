@@ -155,7 +155,7 @@ class Forward:
         rows, s = ids.shape[0], self._sizes
         q_heads, kv_heads, dim = s.q_heads, s.kv_heads, s.head_dim
         check_pages(k[0], v[0], None, None)
-        kind, page_kind, float32 = dtype_of(self._norm), dtype_of(k), dtype_of(cos)
+        kind, page_kind = dtype_of(self._norm), dtype_of(k)
         work = plan.work(tile_rows(self._dtype, k.dtype, q_heads // kv_heads, dim, plan.widest, ids.device))
         hidden, qkv, q, attended, gated = self._working(rows)
         out = torch.empty(rows, self._width, dtype=self._dtype)
@@ -180,10 +180,10 @@ class Forward:
             *(rows, self._width, self._intermediate, kind, k.stride(0) * k.element_size(), s.norm_eps),
             # EmbedRows
             *(address(ids), 0 if packed else address(table), address(soft), address(hidden)),
-            *(rows, table.shape[0], self._width, table.stride(0), soft_row, kind, soft_kind, float32),
+            *(rows, table.shape[0], self._width, table.stride(0), soft_row, kind, soft_kind, dtype_of(hidden)),
             # UnpackRows
             *self.head.block,
-            *(address(ids), address(soft), address(hidden), rows, soft_row, soft_kind, float32),
+            *(address(ids), address(soft), address(hidden), rows, soft_row, soft_kind, dtype_of(hidden)),
             # RopeAndStore
             *(address(qkv), k_at, v_at, address(cos), address(sin), address(slots), address(q)),
             *(address(k), address(v), 0, 0),
@@ -204,5 +204,5 @@ class Forward:
             heads = s.q_heads * s.head_dim
             widths = heads + 2 * s.kv_heads * s.head_dim, heads, heads, self._intermediate
             room = [torch.empty(rows, width, dtype=self._dtype) for width in widths]
-            self._room = rows, [torch.empty(rows, self._width), *room]
+            self._room = rows, [torch.empty(rows, self._width, dtype=torch.float32), *room]
         return self._room[1]
