@@ -61,6 +61,42 @@ inline void locate(const Attention& a, const int32_t* pages, int64_t head, int64
   }
 }
 
+// Fetches a block's keys and then its values into the second cache, a line a call.
+template <class Page>
+class Fetch {
+ public:
+  Fetch() = default;
+  Fetch(const Attention& a, const Located& block)
+      : pool_(static_cast<const char*>(a.k_pages)),
+        values_(static_cast<const char*>(a.v_pages)),
+        at_(block.key_at),
+        values_at_(block.value_at),
+        left_(block.keys),
+        keys_(block.keys),
+        bytes_(a.dim * static_cast<int64_t>(sizeof(Page))) {}
+
+  int64_t lines() const { return 2 * keys_ * ceil_div(bytes_, kLine); }
+
+  void line() {
+    if (left_ == 0) return;
+    __builtin_prefetch(pool_ + *at_ * static_cast<int64_t>(sizeof(Page)) + byte_, 0, 2);
+    byte_ += kLine;
+    if (byte_ < bytes_) return;
+    byte_ = 0;
+    ++at_;
+    if (--left_ > 0 || values_ == nullptr) return;
+    pool_ = values_;
+    at_ = values_at_;
+    left_ = keys_;
+    values_ = nullptr;
+  }
+
+ private:
+  const char *pool_ = nullptr, *values_ = nullptr;  // values_: null when it is their turn
+  const int64_t *at_ = nullptr, *values_at_ = nullptr;
+  int64_t left_ = 0, keys_ = 0, bytes_ = 0, byte_ = 0;
+};
+
 // Keys, transposed: panels [depth, kPanel] of words, zeros behind the last key up to a whole vector. `pause` is called after every 16 keys.
 template <class Math, class Page, class Pause>
 void pack_keys(const Attention& a, const Located& at, int64_t depth, float* out, Pause&& pause) {

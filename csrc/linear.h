@@ -1,7 +1,7 @@
 // y = x W^T (+ bias) (+ residual), or silu(gate) * up, over packed weights: what a decoder's time goes into.
 //
 // A thread reads its own panels, one after the other, once for all rows: with few rows the weights come from memory as fast as it gives
-// them, since while one panel is used the next one is fetched; with many rows a panel stays in the cache until every row has met it.
+// them; with many rows a panel stays in the cache until every row has met it, and the next one is fetched meanwhile.
 #pragma once
 
 #include "linear_rows.h"
@@ -11,6 +11,7 @@
 namespace whispers::WHISPERS_ISA {
 
 constexpr int64_t kMostRows = 8;  // of a tile, in any kind of words
+constexpr int64_t kFirstLines = 64;  // of a stream, fetched before it begins
 
 inline int64_t blocks_of(const Packed& p) { return ceil_div(p.outputs, kOutputs); }
 inline int64_t panels_of(const Packed& p) { return ceil_div(blocks_of(p), kPanelBlocks); }
@@ -71,8 +72,12 @@ inline void linear_panels(const Linear& a, const LinearRows& x, int64_t begin, i
     const float* w = a.weights.words + panel * kPanelOutputs * steps;
     const int64_t first = panel * kPanelOutputs, blocks = smaller(kPanelBlocks, blocks_of(a.weights) - panel * kPanelBlocks);
     const float* after = panel + 1 < end ? w + kPanelOutputs * steps : next;
-    // The next panel's lines, in equal parts over this panel's tiles.
-    const int64_t lines = ceil_div(steps * kPanelOutputs * 4, kLine), a_chunk = ceil_div(lines, tiles * chunks);
+    // Rows of one tile read panels as a stream, which a processor fetches by itself, and faster than it is told to (on Zen 4, 30 layers:
+    // 8.3 -> 5.9 ms for 8 rows, 6.3 -> 5.6 for one). It only can't know where the next stream begins. Of several tiles the first one waits
+    // for memory and the others don't: the next panel's lines, in equal parts over all of them (12 rows: 8.0 -> 6.3 ms).
+    const int64_t panel_lines = ceil_div(steps * kPanelOutputs * 4, kLine);
+    const int64_t lines = tiles > 1 ? panel_lines : panel + 1 == end ? smaller(panel_lines, kFirstLines) : 0;
+    const int64_t a_chunk = ceil_div(lines, tiles * chunks);
     int64_t row = 0;
     for (int64_t tile = 0; tile < tiles; ++tile) {
       const int64_t rows = each + (tile < more ? 1 : 0), fetched = tile * chunks * a_chunk;

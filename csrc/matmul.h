@@ -1,7 +1,8 @@
 // The matrix product inside attention: C [M, N] = A [M, K] B [K, N], or shrink C + A B, by blocks that stay in registers.
 //
 // K is counted in words of 32 bits: one float, or two bf16 that meet two others (`Pairs`). Every element of C is summed in the order of K
-// whatever the block it lies in, so that a row's bits do not depend on how many rows there are.
+// whatever the block it lies in, so that a row's bits do not depend on how many rows there are. `meanwhile` is called at every step of K: what
+// is asked for there is spread evenly over the product.
 #pragma once
 
 #include "simd_math.h"
@@ -79,9 +80,9 @@ struct Pairs {
 };
 #endif
 
-template <class Math, int kRows, int kVecs, bool kAdd>
+template <class Math, int kRows, int kVecs, bool kAdd, class Meanwhile>
 inline void multiply_block(const float* a, int64_t a_row, const float* b, int64_t b_row, float* c, int64_t c_row, int64_t depth,
-                           const float* shrink) {
+                           const float* shrink, Meanwhile& meanwhile) {
   Vec sums[kRows][kVecs];
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i) {
@@ -89,6 +90,7 @@ inline void multiply_block(const float* a, int64_t a_row, const float* b, int64_
     for (int j = 0; j < kVecs; ++j) sums[i][j] = kAdd ? load(c + i * c_row + j * W) * splat(shrink[i]) : zero();
   }
   for (int64_t k = 0; k < depth; ++k) {
+    meanwhile();
     Vec right[kVecs];
 #pragma GCC unroll 8
     for (int j = 0; j < kVecs; ++j) right[j] = load(b + k * b_row + j * W);
@@ -107,35 +109,35 @@ inline void multiply_block(const float* a, int64_t a_row, const float* b, int64_
 }
 
 // All rows of a panel of kVecs vectors.
-template <class Math, int kVecs, bool kAdd>
+template <class Math, int kVecs, bool kAdd, class Meanwhile>
 __attribute__((noinline)) void multiply_panel(int64_t rows, const float* a, int64_t a_row, const float* b, int64_t b_row, float* c,
-                                              int64_t c_row, int64_t depth, const float* shrink) {
+                                              int64_t c_row, int64_t depth, const float* shrink, Meanwhile& meanwhile) {
   int64_t row = 0;
   for (; row + kBlockRows <= rows; row += kBlockRows) {
-    multiply_block<Math, kBlockRows, kVecs, kAdd>(a + row * a_row, a_row, b, b_row, c + row * c_row, c_row, depth, shrink + row);
+    multiply_block<Math, kBlockRows, kVecs, kAdd>(a + row * a_row, a_row, b, b_row, c + row * c_row, c_row, depth, shrink + row, meanwhile);
   }
   a += row * a_row, c += row * c_row, shrink += row;
   switch (rows - row) {
-    case 1: return multiply_block<Math, 1, kVecs, kAdd>(a, a_row, b, b_row, c, c_row, depth, shrink);
-    case 2: return multiply_block<Math, 2, kVecs, kAdd>(a, a_row, b, b_row, c, c_row, depth, shrink);
-    case 3: return multiply_block<Math, 3, kVecs, kAdd>(a, a_row, b, b_row, c, c_row, depth, shrink);
-    case 4: return multiply_block<Math, 4, kVecs, kAdd>(a, a_row, b, b_row, c, c_row, depth, shrink);
-    case 5: return multiply_block<Math, 5, kVecs, kAdd>(a, a_row, b, b_row, c, c_row, depth, shrink);
+    case 1: return multiply_block<Math, 1, kVecs, kAdd>(a, a_row, b, b_row, c, c_row, depth, shrink, meanwhile);
+    case 2: return multiply_block<Math, 2, kVecs, kAdd>(a, a_row, b, b_row, c, c_row, depth, shrink, meanwhile);
+    case 3: return multiply_block<Math, 3, kVecs, kAdd>(a, a_row, b, b_row, c, c_row, depth, shrink, meanwhile);
+    case 4: return multiply_block<Math, 4, kVecs, kAdd>(a, a_row, b, b_row, c, c_row, depth, shrink, meanwhile);
+    case 5: return multiply_block<Math, 5, kVecs, kAdd>(a, a_row, b, b_row, c, c_row, depth, shrink, meanwhile);
   }
 }
 
 // C of `vecs` vectors of columns. B lies in panels of kPanel columns, `b_panel` words apart, rows `b_row` apart.
-template <class Math, bool kAdd>
+template <class Math, bool kAdd, class Meanwhile>
 inline void multiply(int64_t rows, int64_t vecs, const float* a, int64_t a_row, const float* b, int64_t b_panel, int64_t b_row,
-                     float* c, int64_t c_row, int64_t depth, const float* shrink) {
+                     float* c, int64_t c_row, int64_t depth, const float* shrink, Meanwhile& meanwhile) {
   for (; vecs >= kBlockVecs; vecs -= kBlockVecs, b += b_panel, c += kPanel) {
-    multiply_panel<Math, kBlockVecs, kAdd>(rows, a, a_row, b, b_row, c, c_row, depth, shrink);
+    multiply_panel<Math, kBlockVecs, kAdd>(rows, a, a_row, b, b_row, c, c_row, depth, shrink, meanwhile);
   }
   switch (vecs) {
-    case 1: return multiply_panel<Math, 1, kAdd>(rows, a, a_row, b, b_row, c, c_row, depth, shrink);
+    case 1: return multiply_panel<Math, 1, kAdd>(rows, a, a_row, b, b_row, c, c_row, depth, shrink, meanwhile);
 #if WHISPERS_LEVEL >= 1
-    case 2: return multiply_panel<Math, 2, kAdd>(rows, a, a_row, b, b_row, c, c_row, depth, shrink);
-    case 3: return multiply_panel<Math, 3, kAdd>(rows, a, a_row, b, b_row, c, c_row, depth, shrink);
+    case 2: return multiply_panel<Math, 2, kAdd>(rows, a, a_row, b, b_row, c, c_row, depth, shrink, meanwhile);
+    case 3: return multiply_panel<Math, 3, kAdd>(rows, a, a_row, b, b_row, c, c_row, depth, shrink, meanwhile);
 #endif
   }
 }
