@@ -23,7 +23,9 @@ struct RmsNorm {
   double eps;
 };
 
-// Strides of pages [N, page_size, kv_heads, dim]; the last is 1.
+// Strides of pages [N, page_size, kv_heads, dim]; the last is 1. Or pages are in panels, as the matrix products of attention want them, in words
+// of n neighbours (two bf16, one float32): keys [N, kv_heads, dim / n, page_size, n], values [N, kv_heads, page_size / n, dim, n]; then
+// `token` means nothing, page_size is 16, 32 or 64 and dim a multiple of 16.
 struct PageLayout {
   int64_t page, token, head;
 };
@@ -51,6 +53,7 @@ struct Attention {
   int64_t q_row, q_head;
   PageLayout k_layout, v_layout;
   int64_t dtype, page_dtype;
+  int64_t in_panels;  // how pages lie
   int64_t window;  // 0: none
   double scale;
   double softcap;  // 0: none
@@ -71,6 +74,7 @@ struct RopeAndStore {
   int64_t rows, q_heads, kv_heads, dim, page_size, q_row, q_head, k_row, k_head, v_row, v_head, angle_row;
   PageLayout k_layout, v_layout;
   int64_t dtype, page_dtype;
+  int64_t in_panels;  // how pages lie
 };
 
 struct SiluMul {

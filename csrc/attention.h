@@ -34,6 +34,8 @@ struct Workspace {
     queries = pieces.take<float>(s.rows * s.depth);
     keys = pieces.take<float>(ceil_div(kKeys, kPanel) * kPanel * s.depth);
     values = pieces.take<float>(kKeys / Math::kPack * s.width);
+    key_vecs = pieces.take<const float*>(kKeys / W);
+    value_vecs = pieces.take<const float*>(kKeys / kLeastPage * (s.width / W));
     scores = pieces.take<float>(kStrip * kKeys);
     weights = pieces.take<float>(kStrip * kKeys);
     shrink = pieces.take<float>(kStrip);
@@ -47,6 +49,7 @@ struct Workspace {
     bytes = pieces.used();
   }
   float *queries, *keys, *values, *scores, *weights, *shrink, *acc, *all_acc;
+  const float **key_vecs, **value_vecs;
   Sum *sums, *all_sums;
   Seen* seen;
   Located *at, *ahead;  // this block, and the one to come
@@ -105,23 +108,23 @@ class Item {
     constexpr double log2e = 1.4426950408889634;
     how_ = {static_cast<float>(a.scale / (capped ? a.softcap : 1.0)), static_cast<float>((capped ? a.softcap : a.scale) * log2e), capped,
             factors};
-    for (int64_t i = 0; i < tall_; ++i) {
-      const T* q = static_cast<const T*>(a.q) + row_of(i) * a.q_row + query_head(i) * a.q_head;
+    each([&](int64_t i, int64_t row, int64_t head) {
+      const T* q = static_cast<const T*>(a.q) + row * a.q_row + head * a.q_head;
       for (int64_t at = 0; at < s_.depth; at += W) {
         const int64_t number = at * Math::kPack;
         store(w_.queries + i * s_.depth + at, Math::words(q + number, a.dim - number), s_.depth - at);
       }
-    }
+    });
   }
 
   void run(const int32_t* item, const Partials& partials) {
     if (item[5] == 0) {
       attend(item[2]);
-      for (int64_t i = 0; i < tall_; ++i) {
-        const int64_t slot = (item[4] + row_of(i) - row_begin_) * a_.q_heads + query_head(i);
+      each([&](int64_t i, int64_t row, int64_t head) {
+        const int64_t slot = (item[4] + row - row_begin_) * a_.q_heads + head;
         partials.sums[slot] = w_.sums[i];
         if (!is_nothing(w_.sums[i])) __builtin_memcpy(partials.acc + slot * a_.dim, w_.acc + i * s_.width, a_.dim * sizeof(float));
-      }
+      });
       return;
     }
     __builtin_memset(w_.all_acc, 0, tall_ * s_.width * sizeof(float));
@@ -130,16 +133,22 @@ class Item {
       attend(part);
       for (int64_t i = 0; i < tall_; ++i) fold(w_.all_acc + i * s_.width, w_.all_sums[i], w_.acc + i * s_.width, w_.sums[i], s_.dim);
     }
-    for (int64_t i = 0; i < tall_; ++i) {
-      const int64_t index = row_of(i) * a_.q_heads + query_head(i);
+    each([&](int64_t i, int64_t row, int64_t head) {
+      const int64_t index = row * a_.q_heads + head;
       finish(w_.all_acc + i * s_.width, w_.all_sums[i], static_cast<T*>(a_.out) + index * a_.dim, a_.lse == nullptr ? nullptr : a_.lse + index,
              a_.dim);
-    }
+    });
   }
 
  private:
-  int64_t row_of(int64_t i) const { return row_begin_ + i / s_.group; }
-  int64_t query_head(int64_t i) const { return head_ * s_.group + i % s_.group; }
+  // The tile's lines: i = 0, 1, ... are the grouped heads of the first row, then those of the next.
+  template <class F>
+  void each(F&& f) const {
+    int64_t i = 0;
+    for (int64_t row = row_begin_; row < row_begin_ + rows_; ++row) {
+      for (int64_t head = head_ * s_.group; head < (head_ + 1) * s_.group; ++head) f(i++, row, head);
+    }
+  }
 
   // The tile over one part's keys: weighted values in `acc`, and `sums`.
   void attend(int64_t number) {
@@ -188,24 +197,30 @@ class Item {
   void block(int64_t first_key, int64_t begin, int64_t end) {
     const int64_t keys = end - begin;
     bool any = false;
-    for (int64_t i = 0; i < tall_; i += s_.group) {
-      const int64_t last = a_.position[row_of(i)] - first_key - begin;  // the last key it may see
+    Seen* of_row = w_.seen;
+    for (int64_t row = row_begin_; row < row_begin_ + rows_; ++row) {
+      const int64_t last = a_.position[row] - first_key - begin;  // the last key it may see
       const int64_t from = a_.window > 0 ? larger(last - a_.window + 1, 0) : 0, to = smaller(last + 1, keys);
       const Seen seen = from < to ? Seen{from, to} : Seen{0, 0};
       any = any || from < to;
-      for (int64_t j = 0; j < s_.group; ++j) w_.seen[i + j] = seen;
+      for (int64_t j = 0; j < s_.group; ++j) *of_row++ = seen;
     }
     if (!any) return;
     // The block to come is fetched a line at every step of the products: only some 20 lines can be on their way, and who asks for more waits
     // (8 rows over 2048 keys, 30 layers on Zen 4: 5.3 -> 5.0 ms; with all asked for between the products, and 4.4 with all in the cache).
     // What few rows leave over, packing asks for, 16 keys at a time.
     const int64_t steps = ceil_div(tall_, kBlockRows) * (ceil_div(keys, kPanel) * s_.depth + ceil_div(s_.width, kPanel) * keys / Math::kPack);
-    const int64_t rest = larger(fetch_.lines() - steps, 0), pace = ceil_div(rest, 2 * ceil_div(keys, W));
+    const int64_t rest = a_.in_panels ? 0 : larger(fetch_.lines() - steps, 0), pace = ceil_div(rest, 2 * ceil_div(keys, W));
+    lines_a_step_ = ceil_div(fetch_.lines() - rest, steps);
     const auto pause = [&] {
       for (int64_t i = 0; i < pace; ++i) fetch_.line();
     };
-    pack_keys<Math, Page>(a_, *w_.at, s_.depth, w_.keys, pause);
-    pack_values<Math, Page>(a_, *w_.at, s_.width, w_.values, pause);
+    if (!a_.in_panels) {
+      pack_keys<Math, Page>(a_, *w_.at, s_.depth, w_.keys, pause);
+      pack_values<Math, Page>(a_, *w_.at, s_.width, w_.values, pause);
+    }
+    keys_ = packed_keys<Math>(a_, *w_.at, s_.depth, w_.keys, w_.key_vecs);
+    values_ = packed_values<Math>(a_, *w_.at, s_.width, w_.values, w_.value_vecs);
     for (int64_t row = 0; row < tall_; row += kStrip) strip(row, smaller(row + kStrip, tall_));
   }
 
@@ -216,15 +231,15 @@ class Item {
     int64_t keys = 0;  // up to the last that any of them sees: on a prefill's diagonal that is half a block
     for (int64_t i = begin; i < end; ++i) keys = larger(keys, w_.seen[i].end);
     constexpr int64_t weights_row = kKeys / Math::kPack;
-    const auto meanwhile = [&] { fetch_.line(); };
-    multiply<Math, false>(end - begin, ceil_div(keys, W), w_.queries + begin * s_.depth, s_.depth, w_.keys, kPanel * s_.depth, kPanel,
-                          w_.scores, kKeys, s_.depth, w_.shrink, meanwhile);
+    const auto meanwhile = [&] {
+      for (int64_t i = 0; i < lines_a_step_; ++i) fetch_.line();
+    };
+    multiply<Math, false>(end - begin, ceil_div(keys, W), w_.queries + begin * s_.depth, s_.depth, keys_, w_.scores, kKeys, s_.depth, w_.shrink, meanwhile);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t at = i - begin;
       w_.shrink[at] = weigh<Math>(w_.scores + at * kKeys, w_.weights + at * weights_row, w_.seen[i], keys, how_, *w_.at, w_.sums[i]);
     }
-    multiply<Math, true>(end - begin, s_.width / W, w_.weights, weights_row, w_.values, kPanel, s_.width, w_.acc + begin * s_.width,
-                         s_.width, ceil_div(keys, Math::kPack), w_.shrink, meanwhile);
+    multiply<Math, true>(end - begin, s_.width / W, w_.weights, weights_row, values_, w_.acc + begin * s_.width, s_.width, ceil_div(keys, Math::kPack), w_.shrink, meanwhile);
   }
 
   const Attention& a_;
@@ -233,7 +248,9 @@ class Item {
   const int64_t head_, row_begin_, rows_, tall_, last_part_;
   const int32_t* next_;
   const int64_t next_head_;
-  Fetch<Page> fetch_;  // of the block to come
+  Fetch<Page> fetch_;    // of the block to come
+  int64_t lines_a_step_ = 0;
+  Right keys_, values_;  // of this one
   Scaling how_;
 };
 

@@ -10,6 +10,7 @@ namespace whispers::WHISPERS_ISA {
 // Keys of a block: one step of the online softmax, and the shortest range of keys there is. It is part of the order in which a row is summed.
 // Measured on Zen 5, 32 rows of 3 heads over 2048 keys, D = 64: 128 keys 6 % slower, 64 keys 18 %.
 constexpr int64_t kKeys = 256;
+constexpr int64_t kLeastPage = 16;  // in panels
 // Rows whose scores are made, weighed and used before the next, so that they stay in the first cache beside the keys: 12 KB.
 constexpr int64_t kStrip = 12;
 
@@ -29,7 +30,7 @@ struct Shape {
   int64_t width;  // of a value, padded
 };
 
-// The block's keys in the pool: element offsets, and factors of fp8 keys and values.
+// The block's keys in the pool: element offsets, and factors of fp8 keys and values. Of pages in panels: the offsets of the head's panels.
 struct Located {
   int64_t keys;
   int64_t key_at[kKeys], value_at[kKeys];
@@ -39,6 +40,13 @@ struct Located {
 inline void locate(const Attention& a, const int32_t* pages, int64_t head, int64_t begin, int64_t end, Located& found) {
   int64_t page = begin / a.page_size, token = begin % a.page_size;
   found.keys = end - begin;
+  if (a.in_panels) {  // `begin` is a multiple of 64, and a page begins there
+    for (int64_t i = 0; i * a.page_size < found.keys; ++i, ++page) {
+      found.key_at[i] = pages[page] * a.k_layout.page + head * a.k_layout.head;
+      found.value_at[i] = pages[page] * a.v_layout.page + head * a.v_layout.head;
+    }
+    return;
+  }
   for (int64_t i = 0; i < found.keys; ++page, token = 0) {
     const int64_t number = pages[page], run = smaller(a.page_size - token, found.keys - i);
     const int64_t key = number * a.k_layout.page + head * a.k_layout.head + token * a.k_layout.token;
@@ -71,11 +79,11 @@ class Fetch {
         values_(static_cast<const char*>(a.v_pages)),
         at_(block.key_at),
         values_at_(block.value_at),
-        left_(block.keys),
-        keys_(block.keys),
-        bytes_(a.dim * static_cast<int64_t>(sizeof(Page))) {}
+        left_(a.in_panels ? ceil_div(block.keys, a.page_size) : block.keys),
+        places_(left_),
+        bytes_(a.dim * (a.in_panels ? a.page_size : 1) * static_cast<int64_t>(sizeof(Page))) {}
 
-  int64_t lines() const { return 2 * keys_ * ceil_div(bytes_, kLine); }
+  int64_t lines() const { return 2 * places_ * ceil_div(bytes_, kLine); }
 
   void line() {
     if (left_ == 0) return;
@@ -87,14 +95,14 @@ class Fetch {
     if (--left_ > 0 || values_ == nullptr) return;
     pool_ = values_;
     at_ = values_at_;
-    left_ = keys_;
+    left_ = places_;
     values_ = nullptr;
   }
 
  private:
   const char *pool_ = nullptr, *values_ = nullptr;  // values_: null when it is their turn
   const int64_t *at_ = nullptr, *values_at_ = nullptr;
-  int64_t left_ = 0, keys_ = 0, bytes_ = 0, byte_ = 0;
+  int64_t left_ = 0, places_ = 0, bytes_ = 0, byte_ = 0;
 };
 
 // Keys, transposed: panels [depth, kPanel] of words, zeros behind the last key up to a whole vector. `pause` is called after every 16 keys.
@@ -138,6 +146,44 @@ void pack_values(const Attention& a, const Located& at, int64_t width, float* ou
     Math::interleave(rows, a.dim, out + key / Math::kPack * width);
     if (key % W == 0) pause();
   }
+}
+
+// Keys as B of the first product: where their vectors lie, packed or in the pool.
+template <class Math>
+inline Right packed_keys(const Attention& a, const Located& at, int64_t depth, const float* keys, const float** vecs) {
+  const int64_t count = ceil_div(at.keys, W);
+  if (!a.in_panels) {
+    for (int64_t i = 0; i < count; ++i) vecs[i] = keys + i / kBlockVecs * kPanel * depth + i % kBlockVecs * W;
+    return {vecs, count, depth, kPanel};
+  }
+  const float* pool = static_cast<const float*>(a.k_pages);
+  for (int64_t i = 0; i < count; ++i) {
+    vecs[i] = pool + at.key_at[i * W / a.page_size] / Math::kPack + i * W % a.page_size;
+  }
+  return {vecs, count, depth, a.page_size};
+}
+
+// Values as B of the second one.
+template <class Math>
+inline Right packed_values(const Attention& a, const Located& at, int64_t width, float* values, const float** vecs) {
+  const int64_t count = width / W;
+  const auto point = [&](int64_t chunk, const float* from) {
+    for (int64_t i = 0; i < count; ++i) vecs[chunk * count + i] = from + i * W;
+  };
+  if (!a.in_panels) {
+    point(0, values);
+    return {vecs, count, kKeys / Math::kPack, width};
+  }
+  const int64_t chunks = ceil_div(at.keys, a.page_size), rows = a.page_size / Math::kPack;
+  const float* pool = static_cast<const float*>(a.v_pages);
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) point(chunk, pool + at.value_at[chunk] / Math::kPack);
+  if (const int64_t odd = at.keys % Math::kPack; odd != 0) {  // nobody has written the other half of the last word: it may be NaN
+    const int64_t last = at.keys % a.page_size / Math::kPack, words = (last + 1) * width;
+    __builtin_memcpy(values, vecs[(chunks - 1) * count], words * sizeof(float));
+    for (int64_t i = last * width; i < words; i += W) store(values + i, Math::first_number(load(values + i)));
+    point(chunks - 1, values);
+  }
+  return {vecs, count, rows, width};
 }
 
 // A row's keys in a block: it sees [begin, end).

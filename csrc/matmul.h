@@ -33,6 +33,7 @@ struct Floats {
     for (int64_t at = 0; at < width; at += W) store(out + at, load(rows[0] + at, width - at));
   }
   // kPack vectors of floats, as one row's words.
+  static Vec first_number(Vec words) { return words; }  // of a word; zeros for the others
   static void store_words(float* out, const Vec* x) { store(out, x[0]); }
   static Vec exp2(Vec x) { return WHISPERS_ISA::exp2(x); }
 };
@@ -65,6 +66,7 @@ struct Pairs {
       if (at + W < width) store(out + at + W, as_vec(_mm512_permutex2var_epi16(a, high, b)));
     }
   }
+  static Vec first_number(Vec words) { return as_vec(_mm512_and_si512(as_bits(words), splat_bits(0xffff))); }
   static void store_words(float* out, const Vec* x) { store(out, as_vec((__m512i)_mm512_cvtne2ps_pbh(x[1], x[0]))); }
   // 2^x in 7 instructions instead of 12, off by 1.5e-7 at most, and exactly 1 at 0. One factor less would be off by 3e-6: little beside a
   // rounding to bf16, but not beside float32's of the log-sum-exp. -inf has fraction 0, and 1 times 2^-inf is 0; NaN stays NaN.
@@ -80,8 +82,14 @@ struct Pairs {
 };
 #endif
 
+// B, by where its vectors of W columns begin: its rows come in chunks of `rows`, `row` words apart, each chunk somewhere else.
+struct Right {
+  const float* const* at;  // [chunks, vecs]
+  int64_t vecs, rows, row;
+};
+
 template <class Math, int kRows, int kVecs, bool kAdd, class Meanwhile>
-inline void multiply_block(const float* a, int64_t a_row, const float* b, int64_t b_row, float* c, int64_t c_row, int64_t depth,
+inline void multiply_block(const float* a, int64_t a_row, const Right& b, int64_t vec, float* c, int64_t c_row, int64_t depth,
                            const float* shrink, Meanwhile& meanwhile) {
   Vec sums[kRows][kVecs];
 #pragma GCC unroll 8
@@ -89,16 +97,23 @@ inline void multiply_block(const float* a, int64_t a_row, const float* b, int64_
 #pragma GCC unroll 8
     for (int j = 0; j < kVecs; ++j) sums[i][j] = kAdd ? load(c + i * c_row + j * W) * splat(shrink[i]) : zero();
   }
-  for (int64_t k = 0; k < depth; ++k) {
-    meanwhile();
-    Vec right[kVecs];
+  const float* const* at = b.at + vec;
+  for (int64_t k = 0; k < depth; at += b.vecs) {
+    const float* from[kVecs];
 #pragma GCC unroll 8
-    for (int j = 0; j < kVecs; ++j) right[j] = load(b + k * b_row + j * W);
+    for (int j = 0; j < kVecs; ++j) from[j] = at[j];
+    const int64_t stop = smaller(k + b.rows, depth);
+    for (int64_t word = 0; k < stop; ++k, word += b.row) {
+      meanwhile();
+      Vec right[kVecs];
 #pragma GCC unroll 8
-    for (int i = 0; i < kRows; ++i) {
-      const Vec left = splat(a[i * a_row + k]);
+      for (int j = 0; j < kVecs; ++j) right[j] = load(from[j] + word);
 #pragma GCC unroll 8
-      for (int j = 0; j < kVecs; ++j) sums[i][j] = Math::multiply(left, right[j], sums[i][j]);
+      for (int i = 0; i < kRows; ++i) {
+        const Vec left = splat(a[i * a_row + k]);
+#pragma GCC unroll 8
+        for (int j = 0; j < kVecs; ++j) sums[i][j] = Math::multiply(left, right[j], sums[i][j]);
+      }
     }
   }
 #pragma GCC unroll 8
@@ -108,36 +123,37 @@ inline void multiply_block(const float* a, int64_t a_row, const float* b, int64_
   }
 }
 
-// All rows of a panel of kVecs vectors.
+// All rows of kVecs vectors of columns, from vector `vec` on.
 template <class Math, int kVecs, bool kAdd, class Meanwhile>
-__attribute__((noinline)) void multiply_panel(int64_t rows, const float* a, int64_t a_row, const float* b, int64_t b_row, float* c,
-                                              int64_t c_row, int64_t depth, const float* shrink, Meanwhile& meanwhile) {
+__attribute__((noinline)) void multiply_vecs(int64_t rows, const float* a, int64_t a_row, const Right& b, int64_t vec, float* c, int64_t c_row,
+                                             int64_t depth, const float* shrink, Meanwhile& meanwhile) {
   int64_t row = 0;
   for (; row + kBlockRows <= rows; row += kBlockRows) {
-    multiply_block<Math, kBlockRows, kVecs, kAdd>(a + row * a_row, a_row, b, b_row, c + row * c_row, c_row, depth, shrink + row, meanwhile);
+    multiply_block<Math, kBlockRows, kVecs, kAdd>(a + row * a_row, a_row, b, vec, c + row * c_row, c_row, depth, shrink + row, meanwhile);
   }
   a += row * a_row, c += row * c_row, shrink += row;
   switch (rows - row) {
-    case 1: return multiply_block<Math, 1, kVecs, kAdd>(a, a_row, b, b_row, c, c_row, depth, shrink, meanwhile);
-    case 2: return multiply_block<Math, 2, kVecs, kAdd>(a, a_row, b, b_row, c, c_row, depth, shrink, meanwhile);
-    case 3: return multiply_block<Math, 3, kVecs, kAdd>(a, a_row, b, b_row, c, c_row, depth, shrink, meanwhile);
-    case 4: return multiply_block<Math, 4, kVecs, kAdd>(a, a_row, b, b_row, c, c_row, depth, shrink, meanwhile);
-    case 5: return multiply_block<Math, 5, kVecs, kAdd>(a, a_row, b, b_row, c, c_row, depth, shrink, meanwhile);
+    case 1: return multiply_block<Math, 1, kVecs, kAdd>(a, a_row, b, vec, c, c_row, depth, shrink, meanwhile);
+    case 2: return multiply_block<Math, 2, kVecs, kAdd>(a, a_row, b, vec, c, c_row, depth, shrink, meanwhile);
+    case 3: return multiply_block<Math, 3, kVecs, kAdd>(a, a_row, b, vec, c, c_row, depth, shrink, meanwhile);
+    case 4: return multiply_block<Math, 4, kVecs, kAdd>(a, a_row, b, vec, c, c_row, depth, shrink, meanwhile);
+    case 5: return multiply_block<Math, 5, kVecs, kAdd>(a, a_row, b, vec, c, c_row, depth, shrink, meanwhile);
   }
 }
 
-// C of `vecs` vectors of columns. B lies in panels of kPanel columns, `b_panel` words apart, rows `b_row` apart.
+// C of `vecs` vectors of columns.
 template <class Math, bool kAdd, class Meanwhile>
-inline void multiply(int64_t rows, int64_t vecs, const float* a, int64_t a_row, const float* b, int64_t b_panel, int64_t b_row,
-                     float* c, int64_t c_row, int64_t depth, const float* shrink, Meanwhile& meanwhile) {
-  for (; vecs >= kBlockVecs; vecs -= kBlockVecs, b += b_panel, c += kPanel) {
-    multiply_panel<Math, kBlockVecs, kAdd>(rows, a, a_row, b, b_row, c, c_row, depth, shrink, meanwhile);
+inline void multiply(int64_t rows, int64_t vecs, const float* a, int64_t a_row, const Right& b, float* c, int64_t c_row, int64_t depth,
+                     const float* shrink, Meanwhile& meanwhile) {
+  int64_t vec = 0;
+  for (; vec + kBlockVecs <= vecs; vec += kBlockVecs, c += kPanel) {
+    multiply_vecs<Math, kBlockVecs, kAdd>(rows, a, a_row, b, vec, c, c_row, depth, shrink, meanwhile);
   }
-  switch (vecs) {
-    case 1: return multiply_panel<Math, 1, kAdd>(rows, a, a_row, b, b_row, c, c_row, depth, shrink, meanwhile);
+  switch (vecs - vec) {
+    case 1: return multiply_vecs<Math, 1, kAdd>(rows, a, a_row, b, vec, c, c_row, depth, shrink, meanwhile);
 #if WHISPERS_LEVEL >= 1
-    case 2: return multiply_panel<Math, 2, kAdd>(rows, a, a_row, b, b_row, c, c_row, depth, shrink, meanwhile);
-    case 3: return multiply_panel<Math, 3, kAdd>(rows, a, a_row, b, b_row, c, c_row, depth, shrink, meanwhile);
+    case 2: return multiply_vecs<Math, 2, kAdd>(rows, a, a_row, b, vec, c, c_row, depth, shrink, meanwhile);
+    case 3: return multiply_vecs<Math, 3, kAdd>(rows, a, a_row, b, vec, c, c_row, depth, shrink, meanwhile);
 #endif
   }
 }

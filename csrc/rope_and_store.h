@@ -58,6 +58,19 @@ inline Place place_of(const PageLayout& layout, int64_t slot, int64_t head, int6
   return {slot / page_size * layout.page + slot % page_size * layout.token + head * layout.head, slot * heads + head};
 }
 
+// Into panels: a key's words lie page_size words apart, a value's numbers a word apart.
+template <class T>
+inline void store_key_in_panel(const T* x, T* panel, int64_t token, int64_t page_size, int64_t dim) {
+  constexpr int64_t kWord = 4 / static_cast<int64_t>(sizeof(T));
+  for (int64_t at = 0; at < dim; at += kWord) __builtin_memcpy(panel + at * page_size + token * kWord, x + at, 4);
+}
+template <class T>
+inline void store_value_in_panel(const T* x, T* panel, int64_t token, int64_t dim) {
+  constexpr int64_t kWord = 4 / static_cast<int64_t>(sizeof(T));
+  panel += token / kWord * dim * kWord + token % kWord;
+  for (int64_t at = 0; at < dim; ++at) panel[at * kWord] = x[at];
+}
+
 // Heads [begin, end) of all rows' q, k and v, counted through. `room` holds a head's numbers.
 template <class T, class Page>
 inline void rope_part(const RopeAndStore& a, int64_t begin, int64_t end, T* room) {
@@ -71,10 +84,18 @@ inline void rope_part(const RopeAndStore& a, int64_t begin, int64_t end, T* room
     } else if (a.slots[row] >= 0 && kv < a.kv_heads) {
       const Place place = place_of(a.k_layout, a.slots[row], kv, a.page_size, a.kv_heads);
       rotate(static_cast<const T*>(a.k) + row * a.k_row + kv * a.k_head, cos, sin, room, a.dim);  // rounded to T first
+      if (a.in_panels) {
+        store_key_in_panel(room, static_cast<T*>(a.k_pages) + place.element, a.slots[row] % a.page_size, a.page_size, a.dim);
+        continue;
+      }
       store_head(room, static_cast<Page*>(a.k_pages) + place.element, a.k_scale + place.scale, a.dim);
     } else if (a.slots[row] >= 0) {
       const Place place = place_of(a.v_layout, a.slots[row], kv - a.kv_heads, a.page_size, a.kv_heads);
       const T* v = static_cast<const T*>(a.v) + row * a.v_row + (kv - a.kv_heads) * a.v_head;
+      if (a.in_panels) {
+        store_value_in_panel(v, static_cast<T*>(a.v_pages) + place.element, a.slots[row] % a.page_size, a.dim);
+        continue;
+      }
       store_head(v, static_cast<Page*>(a.v_pages) + place.element, a.v_scale + place.scale, a.dim);
     }
   }

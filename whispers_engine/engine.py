@@ -121,7 +121,7 @@ class Engine:
         self.chat = ChatEncoder(self.tokenizer, config.vocab_size, chat_template_kwargs)
         self.model = Model(config, load_weights(checkpoint, config, torch_dtype, where), impl, quantization)
         pages = _pool_pages(config, torch_dtype, where, kv_cache_tokens, page_size)
-        self.pool = PagePool(pages, page_size, config.num_layers, config.kv_heads, config.head_dim, torch_dtype, where)
+        self.pool = self.model.new_pool(pages, page_size)
         # Kernels that take a plan as work; the reference waits for the device, and lays everything out anew anyway.
         graphs = where.type == "cuda" and not enforce_eager and impl == "triton"
         decoder = Decoder(self.model, self.pool, capture=graphs) if graphs or impl == "cpp" else None

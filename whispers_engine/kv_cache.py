@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from whispers_kernels.panels import empty_panels, read_panels, write_panels
+
 Role = Literal["pinned", "context", "branch"]
 
 
@@ -37,6 +39,7 @@ class PagePool:
         num_pages, page_size: size of the pool and positions a page.
         num_layers, kv_heads, head_dim: shape of one position's keys and values.
         dtype, device: of the store.
+        panels: whether it lies as the C++ kernels multiply it (`whispers_kernels.panels`).
     """
 
     def __init__(
@@ -48,10 +51,15 @@ class PagePool:
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
+        panels: bool = False,
     ):
         shape = (num_layers, num_pages, page_size, kv_heads, head_dim)
-        self.k = torch.empty(shape, dtype=dtype, device=device)  # [L, N, page_size, Hkv, D]
-        self.v = torch.empty(shape, dtype=dtype, device=device)
+        self._panels = panels
+        if panels:
+            self.k, self.v = empty_panels(*shape, dtype)
+        else:
+            self.k = torch.empty(shape, dtype=dtype, device=device)  # [L, N, page_size, Hkv, D]
+            self.v = torch.empty(shape, dtype=dtype, device=device)
         self.num_pages = num_pages
         self.page_size = page_size
         self._free = list(range(num_pages - 1, -1, -1))
@@ -64,6 +72,20 @@ class PagePool:
             int, dict[bytes, Tensor]
         ] = {}  # what readers keep beside a page, as long as it holds what they read
         self._reserved = 0  # pages promised to leases and not yet taken
+
+    def read(self, pages: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Keys and values of pages, `[L, len(pages), page_size, Hkv, D]`, copies."""
+        at = torch.tensor(pages, device=self.k.device)
+        return read_panels(self.k, self.v, at) if self._panels else (self.k[:, at], self.v[:, at])
+
+    def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Stores keys, rotated, and values `[T, Hkv, D]` in int64 slots `[T]` (page * page_size + offset), rounded to the store's dtype."""
+        pages, offsets = slots // self.page_size, slots % self.page_size
+        if self._panels:
+            write_panels(self.k, self.v, layer, pages, offsets, keys, values)
+        else:
+            self.k[layer, pages, offsets] = keys.to(self.k.dtype)
+            self.v[layer, pages, offsets] = values.to(self.v.dtype)
 
     def pages_for(self, positions: int) -> int:
         """Pages that so many consecutive positions take."""

@@ -62,6 +62,12 @@ class Model:
         assert self._weights is not None
         return self._weights.nbytes
 
+    def new_pool(self, num_pages: int, page_size: int) -> PagePool:
+        """A pool of pages for this model, laid out as its kernels want them."""
+        shape = self.config.num_layers, self.config.kv_heads, self.config.head_dim
+        panels = self._packed is not None and self._packed.in_panels(page_size)
+        return PagePool(num_pages, page_size, *shape, self.dtype, self.device, panels)
+
     def embed(self, ids: Tensor) -> Tensor:
         """The token embeddings of int64 ids `[R]`: `[R, hidden]`."""
         if self._packed is not None:

@@ -129,9 +129,7 @@ class Panel:
         cos, sin = self._model.rotation(torch.full((m,), -m, device=self._model.device))
         values = expert.embeddings.to(self._model.device).transpose(2, 3)  # [L, 2, m, Hkv, D], float32
         offset = torch.arange(m, device=self._model.device)
-        pages = torch.tensor(span.pages, device=self._model.device)[offset // self._pool.page_size]
+        size = self._pool.page_size
+        slots = torch.tensor(span.pages, device=self._model.device)[offset // size] * size + offset % size
         for layer in range(values.shape[0]):
-            self._pool.k[layer, pages, offset % self._pool.page_size] = rotate(values[layer, 0], cos, sin).to(
-                self._model.dtype
-            )
-            self._pool.v[layer, pages, offset % self._pool.page_size] = values[layer, 1].to(self._model.dtype)
+            self._pool.write(layer, slots, rotate(values[layer, 0], cos, sin), values[layer, 1])

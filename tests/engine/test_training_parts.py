@@ -218,8 +218,8 @@ def test_contexts_are_the_engines_to_the_bit(llama: Tiny) -> None:
     kept = ContextStore(Base.of(engine), 1 << 30).get(ids)
     span = Span("context", 0, ids, pages=[5, 2, 9])
     engine._scheduler.compute([Work(span, 40)])
-    for at, store in enumerate((engine.pool.k, engine.pool.v)):
-        paged = store[:, [5, 2, 9]].flatten(1, 2)[:, :40].transpose(1, 2)
+    for at, store in enumerate(engine.pool.read([5, 2, 9])):
+        paged = store.flatten(1, 2)[:, :40].transpose(1, 2)
         assert paged.equal(kept[:, at])
 
 

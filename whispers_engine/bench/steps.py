@@ -93,9 +93,7 @@ class Rig:
         page_size, experts = 64 if cuda else 16, prompt.soft.shape[0]
         own = SOFT_TOKENS + len(prompt.header) + new_tokens
         pages = len(prompt.context) // page_size + 1 + experts * (own // page_size + 1)
-        pool = PagePool(
-            pages, page_size, config.num_layers, config.kv_heads, config.head_dim, model.dtype, model.device
-        )
+        pool = model.new_pool(pages, page_size)
         decoder = Decoder(model, pool, capture=True) if cuda and impl == "triton" else None
         self._scheduler = Scheduler(model, pool, experts, 8192 if cuda else 512, decoder)
         panel = Panel(self._scheduler, _FINGERPRINT)

@@ -47,13 +47,10 @@ class Prefill:
             batch, _ = build_batch(work, pool, model.config.vocab_size, model.device)
             model.forward(batch, pool)
             span.computed += work[0].rows
-        found = [store[:, : len(span.pages)].flatten(1, 2)[:, :length].transpose(1, 2) for store in (pool.k, pool.v)]
+        found = [store.flatten(1, 2)[:, :length].transpose(1, 2) for store in pool.read(span.pages)]
         return torch.stack(found, dim=1)
 
     def _room_for(self, length: int) -> PagePool:
         if self._pool is None or self._pool.num_pages * _PAGE < length:
-            config, pages = self._model.config, -(-length // _PAGE)
-            self._pool = PagePool(
-                pages, _PAGE, config.num_layers, config.kv_heads, config.head_dim, self._model.dtype, self._model.device
-            )
+            self._pool = self._model.new_pool(-(-length // _PAGE), _PAGE)
         return self._pool

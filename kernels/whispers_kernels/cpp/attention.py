@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .library import address, check_pages, dense, dtype_of, operation, page_layout
 
-_committee_attention = operation("committee_attention", "35q2d")
+_committee_attention = operation("committee_attention", "36q2d")
 
 # A tile's rows times grouped heads. The keys and values that it reads are turned for the matrix product once a tile: for 192 rows that is
 # 2 % of the work, for 24 rows 12 %.
@@ -53,7 +53,7 @@ def committee_attention(
         *q.stride()[:2],
         *page_layout(k_pages),
         *page_layout(v_pages),
-        *(kind, page_kind, 0 if window is None else min(window, 2**40)),
+        *(kind, page_kind, 0, 0 if window is None else min(window, 2**40)),
         scale,
         softcap or 0.0,
     )

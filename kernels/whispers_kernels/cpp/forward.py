@@ -13,13 +13,13 @@ from torch import Tensor
 
 from ..plan import Plan
 from .attention import tile_rows
-from .library import address, check_pages, dense, dtype_of, operation, page_layout
+from .library import address, check_pages, dense, dtype_of, isa, operation, page_layout
 from .linear import PackedLinear
 from .packing import Memory
 from .small_ops import likeliest
 
 # A Forward of csrc/forward_args.h: itself, then its EmbedRows, UnpackRows, RopeAndStore and Attention.
-_forward = operation("forward", "15qd" + "12q" + "14q" + "31q" + "35q2d")
+_forward = operation("forward", "15qd" + "12q" + "14q" + "32q" + "36q2d")
 
 
 class LayerWeights(Protocol):
@@ -117,6 +117,11 @@ class Forward:
         tensors = [*self._norms, self._norm] if self._table is None else [*self._norms, self._norm, self._table]
         return sum(matrix.nbytes for matrix in (*self._packed, self.head)) + sum(tensor.nbytes for tensor in tensors)
 
+    def in_panels(self, page_size: int) -> bool:
+        """Whether pages of that size are to lie in panels: where the products meet the numbers as they are stored."""
+        as_stored = self._dtype == torch.float32 or (self._dtype == torch.bfloat16 and isa() == "avx512_bf16")
+        return as_stored and self._sizes.head_dim % 16 == 0 and page_size in (16, 32, 64)
+
     def embed(self, ids: Tensor) -> Tensor:
         """Rows of the embedding table, `[R, hidden]` in the weights' dtype, for int64 ids `[R]`."""
         return self.head.rows(ids, dtype=self._dtype) if self._table is None else self._table[ids]
@@ -148,13 +153,15 @@ class Forward:
             soft: `[P, hidden]`, or None.
             cos, sin: float32 `[R, D/2]`.
             slots: int64 `[R]`; where each row's key goes; -1: nowhere.
-            k, v: `[layers, N, page_size, Hkv, D]`, contiguous, in the weights' dtype.
+            k, v: `[layers, N, page_size, Hkv, D]`, contiguous, in the weights' dtype; or in panels (`whispers_kernels.panels`).
             plan: of R rows.
             taps: tensors `[R, hidden]` to fill, by layer: 0 before the first, ..., and the final states.
         """
         rows, s = ids.shape[0], self._sizes
         q_heads, kv_heads, dim = s.q_heads, s.kv_heads, s.head_dim
-        check_pages(k[0], v[0], None, None)
+        panels = k.dim() == 6
+        if not panels:
+            check_pages(k[0], v[0], None, None)
         kind, page_kind = dtype_of(self._norm), dtype_of(k)
         work = plan.work(tile_rows(self._dtype, k.dtype, q_heads // kv_heads, dim, plan.widest, ids.device))
         hidden, qkv, q, attended, gated = self._working(rows)
@@ -169,8 +176,10 @@ class Forward:
         qkv_row = (q_heads + 2 * kv_heads) * dim
         k_at = address(qkv) + q_heads * dim * qkv.element_size()
         v_at = k_at + kv_heads * dim * qkv.element_size()
-        layouts = *page_layout(k[0]), *page_layout(v[0])
-        page_size = k.shape[2]
+        if panels:
+            layouts, page_size = (k.stride(1), 0, k.stride(2), v.stride(1), 0, v.stride(2)), k.shape[4]
+        else:
+            layouts, page_size = (*page_layout(k[0]), *page_layout(v[0])), k.shape[2]
         _forward(
             ctypes.addressof(self._layers),
             self._count,
@@ -188,12 +197,12 @@ class Forward:
             *(address(qkv), k_at, v_at, address(cos), address(sin), address(slots), address(q)),
             *(address(k), address(v), 0, 0),
             *(rows, q_heads, kv_heads, dim, page_size, qkv_row, dim, qkv_row, dim, qkv_row, dim, cos.stride(0)),
-            *(*layouts, kind, page_kind),
+            *(*layouts, kind, page_kind, panels),
             # Attention
             *map(address, (q, k, v, None, None, attended, None, plan.position, plan.page_ptr, plan.pages)),
             *map(address, (plan.length, plan.key_begin, *work.tensors)),
             *(q_heads, kv_heads, dim, page_size, work.tile_rows, work.slots, q_heads * dim, dim),
-            *(*layouts, kind, page_kind, 0, dim**-0.5, 0.0),
+            *(*layouts, kind, page_kind, panels, 0, dim**-0.5, 0.0),
         )
         return out
 

@@ -9,7 +9,7 @@ from .library import address, check_pages, dense, dtype_of, operation, page_layo
 
 _embed_rows = operation("embed_rows", "12q")
 _rms_norm = operation("rms_norm", "11qd")
-_rope_and_store = operation("rope_and_store", "31q")
+_rope_and_store = operation("rope_and_store", "32q")
 _silu_mul = operation("silu_mul", "6q")
 _pool_logits = operation("pool_logits", "10q")
 _likeliest = operation("likeliest", "7q")
@@ -75,7 +75,7 @@ def rope_and_store(
     pointers = [address(t) for t in (q, k, v, cos, sin, slots, out, k_pages, v_pages, k_scale, v_scale)]
     sizes = rows, q_heads, k.shape[1], dim, k_pages.shape[1]
     strides = *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], dim // 2
-    _rope_and_store(*pointers, *sizes, *strides, *page_layout(k_pages), *page_layout(v_pages), kind, page_kind)
+    _rope_and_store(*pointers, *sizes, *strides, *page_layout(k_pages), *page_layout(v_pages), kind, page_kind, 0)
     return out
 
 

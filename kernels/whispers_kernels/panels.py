@@ -1,0 +1,36 @@
+"""Pages as `csrc/attention.h` multiplies them: in panels of 32-bit words, so that no step turns keys and values anew.
+
+A word holds n neighbours: two bfloat16 or one float32. Keys lie as `[layers, N, Hkv, D / n, page_size, n]`, values as
+`[layers, N, Hkv, page_size / n, D, n]`. vLLM and FlashInfer lay keys out for their kernels, too; which layout is right depends on the kernel.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def empty_panels(
+    layers: int, pages: int, page_size: int, kv_heads: int, dim: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Keys and values, not initialised."""
+    n = 4 // dtype.itemsize
+    k = torch.empty(layers, pages, kv_heads, dim // n, page_size, n, dtype=dtype)
+    v = torch.empty(layers, pages, kv_heads, page_size // n, dim, n, dtype=dtype)
+    return k, v
+
+
+def read_panels(k: Tensor, v: Tensor, pages: Tensor) -> tuple[Tensor, Tensor]:
+    """Pages as everybody else has them: `[layers, len(pages), page_size, Hkv, D]`, copies."""
+    keys = k[:, pages].permute(0, 1, 4, 2, 3, 5).flatten(4)
+    values = v[:, pages].permute(0, 1, 3, 5, 2, 4).flatten(2, 3)
+    return keys, values
+
+
+def write_panels(
+    k: Tensor, v: Tensor, layer: int, pages: Tensor, offsets: Tensor, keys: Tensor, values: Tensor
+) -> None:
+    """Stores keys and values `[T, Hkv, D]` at int64 `pages` and `offsets` `[T]` of one layer."""
+    n = k.shape[-1]
+    k[layer, pages, :, :, offsets] = keys.unflatten(2, (-1, n)).to(k.dtype)
+    v[layer, pages, :, offsets // n, :, offsets % n] = values.to(v.dtype)

@@ -1,0 +1,77 @@
+"""Pages in panels, as the C++ kernels multiply them, hold the same numbers and give the same bits as pages that lie as everybody's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.engine.conftest import Tiny, token_ids
+from tests.engine.test_decode import follow, make, requests
+from tests.engine.test_sharing import committee
+from whispers_engine import Engine, Token
+from whispers_engine.kv_cache import PagePool
+from whispers_kernels import available_impls
+
+DTYPES = ["float32", "bfloat16"]
+PLAIN = 8  # a page size that is never in panels
+
+
+def in_panels(engine: Engine) -> bool:
+    return engine.pool.k.dim() == 6
+
+
+def as_stored(dtype: str) -> bool:
+    """Whether this machine's products meet numbers of that dtype as they are."""
+    from whispers_kernels.cpp import isa
+
+    return dtype == "float32" or isa() == "avx512_bf16"
+
+
+needs_cpp = pytest.mark.skipif("cpp" not in available_impls(), reason="no C++ kernels here")
+
+
+@needs_cpp
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("page_size", [16, 32, 64])
+def test_the_same_bits(tiny: Tiny, page_size: int, dtype: str) -> None:
+    """Contexts that end anywhere in a page, experts of every kind and placement, over pools of NaN."""
+    experts = committee(tiny, 5)
+    plain, panels = (make(tiny, experts, impl="cpp", dtype=dtype, page_size=size) for size in (PLAIN, page_size))
+    assert not in_panels(plain)
+    assert in_panels(panels) == (as_stored(dtype) and panels.model.config.head_dim % 16 == 0)
+    for length in (1, 15, 16, 63, 64, 130, 261):
+        question = (token_ids(tiny, length, length), token_ids(tiny, 3, 2))
+        want, got = (engine.score(question, [[5], [6, 7]]).logprobs for engine in (plain, panels))
+        assert got.isfinite().all()
+        torch.testing.assert_close(got, want, atol=0, rtol=0)
+    # What is found in the cache depends on the page size; what is answered does not.
+    got_tokens, want_tokens = (
+        [event for event in follow(engine, requests(tiny)) if isinstance(event, Token)] for engine in (panels, plain)
+    )
+    assert got_tokens == want_tokens
+
+
+@needs_cpp
+@pytest.mark.parametrize("page_size", [8, 24, 128])
+def test_other_page_sizes_lie_as_everybodys(llama: Tiny, page_size: int) -> None:
+    assert not in_panels(Engine(llama.folder, impl="cpp", page_size=page_size, kv_cache_tokens=1024))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("page_size", [16, 64])
+def test_what_is_written_is_read(dtype: torch.dtype, page_size: int) -> None:
+    layers, pages, heads, dim, count = 2, 5, 3, 48, 37
+    generator = torch.Generator().manual_seed(page_size)
+    slots = torch.randperm(pages * page_size, generator=generator)[:count]
+    keys, values = torch.randn(2, count, heads, dim, generator=generator)
+    pools = [PagePool(pages, page_size, layers, heads, dim, dtype, torch.device("cpu"), panels) for panels in (False, True)]
+    for pool in pools:
+        for store in (pool.k, pool.v):
+            store.zero_()
+        pool.write(1, slots, keys, values)
+    assert pools[0].k.nbytes == pools[1].k.nbytes
+    for plain, panels in zip(*(pool.read([3, 0, 4]) for pool in pools), strict=True):
+        assert plain.shape == (layers, 3, page_size, heads, dim)
+        assert panels.equal(plain)
+    at_once = pools[1].read(range(pages))[0][1].flatten(0, 1)[slots]
+    assert at_once.equal(keys.to(dtype))
