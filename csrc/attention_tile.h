@@ -85,7 +85,7 @@ class Fetch {
 
   int64_t lines() const { return 2 * places_ * ceil_div(bytes_, kLine); }
 
-  void line() {
+  void next_line() {
     if (left_ == 0) return;
     __builtin_prefetch(pool_ + *at_ * static_cast<int64_t>(sizeof(Page)) + byte_, 0, 2);
     byte_ += kLine;
@@ -150,7 +150,7 @@ void pack_values(const Attention& a, const Located& at, int64_t width, float* ou
 
 // Keys as B of the first product: where their vectors lie, packed or in the pool.
 template <class Math>
-inline Right packed_keys(const Attention& a, const Located& at, int64_t depth, const float* keys, const float** vecs) {
+inline Right point_at_keys(const Attention& a, const Located& at, int64_t depth, const float* keys, const float** vecs) {
   const int64_t count = ceil_div(at.keys, W);
   if (!a.in_panels) {
     for (int64_t i = 0; i < count; ++i) vecs[i] = keys + i / kBlockVecs * kPanel * depth + i % kBlockVecs * W;
@@ -165,7 +165,7 @@ inline Right packed_keys(const Attention& a, const Located& at, int64_t depth, c
 
 // Values as B of the second one.
 template <class Math>
-inline Right packed_values(const Attention& a, const Located& at, int64_t width, float* values, const float** vecs) {
+inline Right point_at_values(const Attention& a, const Located& at, int64_t width, float* values, const float** vecs) {
   const int64_t count = width / W;
   const auto point = [&](int64_t chunk, const float* from) {
     for (int64_t i = 0; i < count; ++i) vecs[chunk * count + i] = from + i * W;
@@ -177,7 +177,7 @@ inline Right packed_values(const Attention& a, const Located& at, int64_t width,
   const int64_t chunks = ceil_div(at.keys, a.page_size), rows = a.page_size / Math::kPack;
   const float* pool = static_cast<const float*>(a.v_pages);
   for (int64_t chunk = 0; chunk < chunks; ++chunk) point(chunk, pool + at.value_at[chunk] / Math::kPack);
-  if (const int64_t odd = at.keys % Math::kPack; odd != 0) {  // nobody has written the other half of the last word: it may be NaN
+  if (at.keys % Math::kPack != 0) {  // nobody may have written the other half of the last word: it can be NaN
     const int64_t last = at.keys % a.page_size / Math::kPack, words = (last + 1) * width;
     __builtin_memcpy(values, vecs[(chunks - 1) * count], words * sizeof(float));
     for (int64_t i = last * width; i < words; i += W) store(values + i, Math::first_number(load(values + i)));

@@ -20,7 +20,6 @@ from .decode import Decoder
 from .errors import WhispersError
 from .experts import Committee, Expert
 from .intake import Intake
-from .kv_cache import PagePool
 from .model import Model
 from .panel import Panel
 from .pull import BUILT_IN, pull

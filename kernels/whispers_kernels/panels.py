@@ -1,7 +1,7 @@
 """Pages as `csrc/attention.h` multiplies them: in panels of 32-bit words, so that no step turns keys and values anew.
 
 A word holds n neighbours: two bfloat16 or one float32. Keys lie as `[layers, N, Hkv, D / n, page_size, n]`, values as
-`[layers, N, Hkv, page_size / n, D, n]`. vLLM and FlashInfer lay keys out for their kernels, too; which layout is right depends on the kernel.
+`[layers, N, Hkv, page_size / n, D, n]`. It is for page sizes of 16, 32 and 64, and D a multiple of 16.
 """
 
 from __future__ import annotations

@@ -64,7 +64,9 @@ def test_what_is_written_is_read(dtype: torch.dtype, page_size: int) -> None:
     generator = torch.Generator().manual_seed(page_size)
     slots = torch.randperm(pages * page_size, generator=generator)[:count]
     keys, values = torch.randn(2, count, heads, dim, generator=generator)
-    pools = [PagePool(pages, page_size, layers, heads, dim, dtype, torch.device("cpu"), panels) for panels in (False, True)]
+    pools = [
+        PagePool(pages, page_size, layers, heads, dim, dtype, torch.device("cpu"), panels) for panels in (False, True)
+    ]
     for pool in pools:
         for store in (pool.k, pool.v):
             store.zero_()

@@ -14,7 +14,6 @@ from whispers_engine.chat import ChatEncoder
 from whispers_engine.decode import Decoder
 from whispers_engine.experts import Expert
 from whispers_engine.intake import Intake
-from whispers_engine.kv_cache import PagePool
 from whispers_engine.model import Model
 from whispers_engine.panel import Panel
 from whispers_engine.request import Event, Request, Token
