@@ -47,6 +47,16 @@ def test_parity_with_another_instruction_set(isa: str) -> None:
     assert passed is not None and int(passed[1]) > 200
 
 
+@pytest.mark.parametrize("isa", isas()[1:])
+def test_a_whole_forward_with_another_instruction_set(isa: str) -> None:
+    """Against transformers and PEFT, and pages in panels against plain ones."""
+    tests = [str(ROOT / "tests" / "engine" / name) for name in ("test_equivalence.py", "test_panels.py")]
+    done = python("-m", "pytest", "-n0", "-k", "llama", *tests, isa=isa)
+    assert done.returncode == 0, done.stdout[-3000:]
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed is not None and int(passed[1]) > 20
+
+
 @pytest.mark.parametrize("isa", isas())
 def test_the_environment_chooses_the_instruction_set(isa: str) -> None:
     done = python("-c", "from whispers_kernels import cpp; print(cpp.isa())", isa=isa)
