@@ -57,6 +57,18 @@ def test_other_page_sizes_lie_as_everybodys(llama: Tiny, page_size: int) -> None
     assert not in_panels(Engine(llama.folder, impl="cpp", page_size=page_size, kv_cache_tokens=1024))
 
 
+@needs_cpp
+def test_panels_that_the_kernels_do_not_read_are_refused(llama: Tiny) -> None:
+    engine = Engine(llama.folder, impl="cpp", page_size=8, kv_cache_tokens=1024)
+    config, model = engine.model.config, engine.model
+    engine._scheduler.pool = PagePool(
+        8, 8, config.num_layers, config.kv_heads, config.head_dim, model.dtype, model.device, True
+    )
+    engine._scheduler.decoder = None
+    with pytest.raises(ValueError, match="in panels of 8 tokens; accepted here"):
+        engine.score((token_ids(llama, 5, 1), [2]), [[5]])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("page_size", [16, 64])
 def test_what_is_written_is_read(dtype: torch.dtype, page_size: int) -> None:

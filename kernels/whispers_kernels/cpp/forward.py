@@ -178,6 +178,10 @@ class Forward:
         v_at = k_at + kv_heads * dim * qkv.element_size()
         if panels:
             layouts, page_size = (k.stride(1), 0, k.stride(2), v.stride(1), 0, v.stride(2)), k.shape[4]
+            if not self.in_panels(page_size):
+                raise ValueError(
+                    f"k, v: in panels of {page_size} tokens; accepted here: [layers, N, page_size, Hkv, D]"
+                )
         else:
             layouts, page_size = (*page_layout(k[0]), *page_layout(v[0])), k.shape[2]
         _forward(
