@@ -113,7 +113,7 @@ class Decoder:
             rows = len(layout.ids)
         config, device = self._model.config, self._model.device
         dtypes = self._model.dtype, self._pool.k.dtype
-        tile = tile_rows(self._model.impl, *dtypes, config.q_heads // config.kv_heads, config.head_dim, rows, device)
+        tile = tile_rows(self._model.impl, *dtypes, config.q_heads // config.kv_heads, config.head_dim, device)
         schedule, items = None, 0
         if tile is not None:
             length = plan.columns.length.copy()

@@ -79,16 +79,14 @@ def check_impl(impl: str, device: torch.device | str = "cpu") -> str:
     return impl
 
 
-def tile_rows(
-    impl: str, q: torch.dtype, pages: torch.dtype, group: int, dim: int, widest: int, device: torch.device
-) -> int | None:
+def tile_rows(impl: str, q: torch.dtype, pages: torch.dtype, group: int, dim: int, device: torch.device) -> int | None:
     """Rows of the tiles that an implementation's attention wants a plan cut into; None: it takes the plan as it is.
 
     Args:
-        q, pages: dtypes; group: query heads a KV head; dim: of a head; widest: the most rows that see one segment.
+        q, pages: dtypes; group: query heads a KV head; dim: of a head.
     """
     choose = _IMPLS[impl].get("tile_rows")
-    return None if choose is None else choose(q, pages, group, dim, widest, device)
+    return None if choose is None else choose(q, pages, group, dim, device)
 
 
 def _require(condition: bool, message: str) -> None:
@@ -191,7 +189,7 @@ def committee_attention(
     _require(window is None or window >= 1, f"window: {window}; accepted: None or at least 1")
     _require(softcap is None or softcap > 0, f"softcap: {softcap}; accepted: None or above 0")
     impl = check_impl(impl, q.device)
-    rows = tile_rows(impl, q.dtype, k_pages.dtype, q.shape[1] // kv_heads, q.shape[2], plan.widest, q.device)
+    rows = tile_rows(impl, q.dtype, k_pages.dtype, q.shape[1] // kv_heads, q.shape[2], q.device)
     work = None if rows is None else plan.work(rows)
     out, lse = torch.ops.whispers.committee_attention(
         q,

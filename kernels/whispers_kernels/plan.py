@@ -64,12 +64,6 @@ class Plan:
     def num_segments(self) -> int:
         return self.length.shape[0]
 
-    @property
-    def widest(self) -> int:
-        """The most rows that see one segment."""
-        columns = self.columns
-        return int(((columns.row_end - columns.row_begin) * (columns.length > 0)).max(initial=0))
-
     def work(self, tile_rows: int) -> Work:
         """The plan cut into items for tiles of so many rows: made once, on the host, and kept for the other layers."""
         if tile_rows not in self._work:
@@ -169,10 +163,6 @@ class FixedPlan(Plan):
         nothing = Columns(*[np.zeros(0, dtype=np.int32)] * 5)
         super().__init__(position, page_ptr, named, length, key_begin, row_begin, row_end, 0, 1, nothing, work)
         self._row_step, self._key_step = views[7:9]  # what a step adds to every position and length
-
-    @property
-    def widest(self) -> int:
-        return self.num_rows
 
     def load(self, plan: Plan, schedule: Schedule | None, grows: Sequence[int]) -> bool:
         """Takes over a plan on the CPU and its schedule; False, and nothing taken, where they do not fit.

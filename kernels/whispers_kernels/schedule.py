@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 # and the partial results stay small beside the keys: 33 * 4 D bytes a query head.
 RANGE = 256
 ALIGN = 64  # within a segment, ranges begin at multiples of this, a multiple of every kernel's key tile: no tile belongs to two ranges
-# Rows that share all their segments and fill this many tiles, or make more partial results than this, merge in place.
-TILES_IN_PLACE = 2
+# So many rows that share all their segments, or rows that make more partial results than this, merge in place.
+ROWS_IN_PLACE = 128
 PARTIALS_AT_MOST = 4096
 
 
@@ -115,7 +115,7 @@ def lay_out(
         seen = [part for segment in segments for part in range(first_part[segment], first_part[segment + 1])]
         seen.sort(key=lambda part: (begins[parts[part][0]] + parts[part][1], part))
         count = end - begin
-        if not seen or (count < TILES_IN_PLACE * tile_rows and count * len(seen) <= PARTIALS_AT_MOST):
+        if not seen or (count < ROWS_IN_PLACE and count * len(seen) <= PARTIALS_AT_MOST):
             merged.append((begin, end, seen))
             continue
         in_place = True

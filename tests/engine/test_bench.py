@@ -286,7 +286,7 @@ def test_suite_measures_only_behind_a_green_check(
     monkeypatch.setattr(suite, "STAGES", stages[:2])
     monkeypatch.setattr(measure, "environment", lambda device, command: {"device": "A GPU (SXM)", "command": command})
     monkeypatch.setattr(suite, "driver", lambda: "1.2")
-    assert suite.suite(tmp_path) == (0 if green else 1)
+    assert suite.suite(tmp_path, 150.0) == (0 if green else 1)
     (written,) = tmp_path.iterdir()
     found = json.loads(written.read_text())
     assert (
@@ -295,7 +295,7 @@ def test_suite_measures_only_behind_a_green_check(
     assert found["stages"][1].get("failure") == (None if green else "a check is red")
     assert ("report" in found["stages"][1]) == green
     assert [row["verdict"] == "not measured" for row in found["targets"][:4]] == [not green, True, not green, not green]
-    # What the check did not use is the sweep's, which ends itself a little earlier.
-    assert ("--seconds 9" in found["stages"][1].get("command", "")) == green
+    # What is left is the sweep's, which ends itself a little earlier.
+    assert ("--seconds 12" in found["stages"][1].get("command", "")) == green
     late = suite.run(stages[2], 1.0)
     assert late["failure"] == "not finished in 1 s" and late["output"] == "begun\n" and late["seconds"] < 30

@@ -94,14 +94,16 @@ def endless(*engines: Engine) -> None:
 
 
 def told(event: Event) -> tuple[Any, list[float]]:
-    """What of an event is to be equal, and the log-probabilities for one token each that are to be close."""
+    """What of an event is to be equal, and what is to be close: log-probabilities for one token each, and options' probabilities."""
     if isinstance(event, Token):
         return replace(event, logprob=0.0), [event.logprob]
     records = [event.answer] if isinstance(event, Finished) else event.answer.experts if isinstance(event, Done) else []
     plain = [replace(record, logprob=0.0) for record in records]
     logprobs = [record.logprob / max(1, len(record.tokens)) for record in records]
     if isinstance(event, Done):
-        return replace(event, answer=replace(event.answer, experts=plain, timing={})), logprobs
+        options = event.answer.options
+        answer = replace(event.answer, experts=plain, options=None if options is None else [], timing={})
+        return replace(event, answer=answer), logprobs + (options or [])
     return (plain if isinstance(event, Finished) else event), logprobs
 
 

@@ -44,10 +44,10 @@ def spare(case: Case, segment: Segment) -> int:
     return len(segment.pages) * case.page_size - segment.length
 
 
-def tile_of(case: Case, impl: str, rows: int) -> int | None:
-    """Rows of the tiles that an implementation wants a plan of `rows` rows cut into."""
+def tile_of(case: Case, impl: str) -> int | None:
+    """Rows of the tiles that an implementation wants a plan cut into."""
     check_impl(impl)
-    return tile_rows(impl, torch.float32, torch.float32, case.group, case.dim, rows, device_of(impl))
+    return tile_rows(impl, torch.float32, torch.float32, case.group, case.dim, device_of(impl))
 
 
 def cut(case: Case, grows: list[int], rows: int, tile: int | None) -> Schedule | None:
@@ -109,8 +109,8 @@ def test_random_steps_are_the_plans_made_anew(impl: str) -> None:
         first, second = drawn
         second = replace(second, group=first.group, kv_heads=first.kv_heads, dim=first.dim)
         rows = max(len(case.positions) for case in drawn) + more
-        tile = tile_of(first, impl, rows)
-        with schedule_constants({**SMALL_RANGES, "TILES_IN_PLACE": 1000}):
+        tile = tile_of(first, impl)
+        with schedule_constants({**SMALL_RANGES, "ROWS_IN_PLACE": 10**6}):
             loaded = []
             for case in (first, second):
                 room = [index for index, segment in enumerate(case.segments) if segment.length and spare(case, segment)]
@@ -154,7 +154,7 @@ def test_branches_go_on_to_the_next_range_and_page(impl: str) -> None:
     """The keys of a range that none of them has reached yet count for nothing. Two ranges begin after 32 of their own keys."""
     case, grows = decode(own=22)
     with schedule_constants(SMALL_RANGES):
-        tile = tile_of(case, impl, 4)
+        tile = tile_of(case, impl)
         schedule = cut(case, grows, 4, tile)
         plan = FixedPlan(**sizes(case, schedule, 4), tile_rows=tile, device=device_of(impl))
         assert plan.load(case.plan(), schedule, grows)
@@ -207,9 +207,9 @@ def test_tensors_stay_where_they_are() -> None:
 
 def test_what_a_pool_must_have_is_known_on_the_host() -> None:
     plan, case, grows, schedule = small()
-    assert (plan.pages_needed, plan.page_size_needed, plan.widest) == (0, 1, 4)
+    assert (plan.pages_needed, plan.page_size_needed) == (0, 1)
     assert plan.load(case.plan(), schedule, grows)
-    assert (plan.pages_needed, plan.page_size_needed, plan.widest) == (15, 16, 4)
+    assert (plan.pages_needed, plan.page_size_needed) == (15, 16)
     q, pages = torch.zeros(4, 2, 16), torch.zeros(14, PAGE, 1, 16)
     with pytest.raises(ValueError, match="names page 14; the pool has 14 pages"):
         committee_attention(q, pages, pages, plan, impl="reference")
@@ -233,7 +233,8 @@ def test_a_capacity_that_is_too_small_leaves_the_plan_as_it_was(name: str) -> No
 def test_rows_that_merge_in_place_are_not_taken() -> None:
     """A kernel of a captured step merges nothing in place: no decode step has so many rows that see all the same."""
     prefill = Case((Segment([0, 1], 32, 0, 0, 32),), tuple(range(32)), PAGE, 2)
-    schedule = cut(prefill, [], 32, 2)
+    with schedule_constants({"ROWS_IN_PLACE": 32}):
+        schedule = cut(prefill, [], 32, 2)
     assert schedule is not None and schedule.in_place
     plan = FixedPlan(32, 9, 9, 99, 99, 99, 999, tile_rows=2, device="cpu")
     assert not plan.load(prefill.plan(), schedule, [])

@@ -21,10 +21,10 @@ TILE_ROWS = (1, 2, 3, 5, 16, 64)
 # As they are, all keys of a random plan are one range and few rows merge in place. Lowered, its segments have up to thirteen ranges.
 CONSTANTS: tuple[dict[str, int], ...] = (
     {},
-    {"RANGE": 8, "ALIGN": 4, "TILES_IN_PLACE": 1, "PARTIALS_AT_MOST": 12},
-    {"RANGE": 3, "ALIGN": 1, "TILES_IN_PLACE": 2, "PARTIALS_AT_MOST": 30},
-    {"RANGE": 4, "ALIGN": 4, "TILES_IN_PLACE": 3, "PARTIALS_AT_MOST": 4096},
-    {"RANGE": 5, "ALIGN": 2, "TILES_IN_PLACE": 1000, "PARTIALS_AT_MOST": 10**6},
+    {"RANGE": 8, "ALIGN": 4, "ROWS_IN_PLACE": 2, "PARTIALS_AT_MOST": 12},
+    {"RANGE": 3, "ALIGN": 1, "ROWS_IN_PLACE": 6, "PARTIALS_AT_MOST": 30},
+    {"RANGE": 4, "ALIGN": 4, "ROWS_IN_PLACE": 9, "PARTIALS_AT_MOST": 4096},
+    {"RANGE": 5, "ALIGN": 2, "ROWS_IN_PLACE": 10**6, "PARTIALS_AT_MOST": 10**6},
 )
 
 
@@ -162,7 +162,7 @@ def test_the_largest_items_come_first(case: Case, tile: int, values: dict[str, i
 def test_where_a_row_merges_is_chosen_by_the_rows_that_share_all_its_segments(
     case: Case, tile: int, values: dict[str, int]
 ) -> None:
-    """In place from so many tiles or partial results on; never where there is nothing to see."""
+    """In place from so many rows or partial results on; never where there is nothing to see."""
     columns = case.plan().columns
     with schedule_constants(values):
         in_place = {row for item in items_of(lay_out(*columns, tile)) if item.in_place for row in item.rows}
@@ -172,7 +172,7 @@ def test_where_a_row_merges_is_chosen_by_the_rows_that_share_all_its_segments(
                 cuts |= {segment.row_begin, segment.row_end}
         for begin, end in pairwise(sorted(cuts)):
             partials = (end - begin) * len(ranges_of(columns, begin))
-            many = end - begin >= schedule.TILES_IN_PLACE * tile or partials > schedule.PARTIALS_AT_MOST
+            many = end - begin >= schedule.ROWS_IN_PLACE or partials > schedule.PARTIALS_AT_MOST
             assert {row in in_place for row in range(begin, end)} == {many and partials > 0}
 
 
@@ -273,18 +273,12 @@ def test_a_segment_cut_in_two_at_a_boundary_has_the_same_ranges(
 PLAN = Plan.from_segments([([3, 1], 5, 0, 0, 3), ([0], 2, 5, 0, 1), ([], 0, 0, 0, 2), ([2], 1, -1, 1, 2)], [6, 5, 5])
 
 
-def test_the_widest_segment_is_that_of_most_rows_with_keys() -> None:
-    assert PLAN.widest == 3
-    assert Plan.from_segments([([], 0, 0, 0, 3), ([0], 1, 0, 1, 3), ([0], 2, 0, 1, 2)], [0] * 3).widest == 2
-    assert Plan.from_segments([([], 0, 0, 0, 1)], [0]).widest == Plan.from_segments([], []).widest == 0
-
-
 def test_a_plan_keeps_its_work_for_the_other_layers() -> None:
-    plan = Plan.from_segments([([0], 5, 0, 0, 9)], [5] * 9)
+    plan = Plan.from_segments([([0], 5, 0, 0, 128)], [5] * 128)
     work = plan.work(2)
     assert plan.work(2) is work and plan.work(3) is not work and plan.work(2) is work
     assert (work.tile_rows, plan.work(3).tile_rows) == (2, 3)
-    assert work.in_place and not plan.work(16).in_place
+    assert work.in_place and not Plan.from_segments([([0], 5, 0, 0, 127)], [5] * 127).work(2).in_place
 
 
 @pytest.mark.parametrize("tile", [1, 2, 16])

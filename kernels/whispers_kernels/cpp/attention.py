@@ -14,7 +14,7 @@ _committee_attention = operation("committee_attention", "36q2d")
 _TALL = 192
 
 
-def tile_rows(q: torch.dtype, pages: torch.dtype, group: int, dim: int, widest: int, device: torch.device) -> int:
+def tile_rows(q: torch.dtype, pages: torch.dtype, group: int, dim: int, device: torch.device) -> int:
     """Rows of a tile, for a plan's schedule."""
     return max(1, _TALL // group)
 

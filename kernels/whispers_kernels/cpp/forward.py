@@ -163,7 +163,7 @@ class Forward:
         if not panels:
             check_pages(k[0], v[0], None, None)
         kind, page_kind = dtype_of(self._norm), dtype_of(k)
-        work = plan.work(tile_rows(self._dtype, k.dtype, q_heads // kv_heads, dim, plan.widest, ids.device))
+        work = plan.work(tile_rows(self._dtype, k.dtype, q_heads // kv_heads, dim, ids.device))
         hidden, qkv, q, attended, gated = self._working(rows)
         out = torch.empty(rows, self._width, dtype=self._dtype)
         tapped = ctypes.create_string_buffer(

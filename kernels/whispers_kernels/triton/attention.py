@@ -17,11 +17,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention_parts import attend_part, finish, fold, fold_in_place, store_part
+from .attention_parts import attend_part, finish, fold, load_part, store_part, store_rows
 from .common import INTERPRETED, POINTER, Variant, on, refuse_float64
 
 _LOG2E = math.log2(math.e)
 _FP8 = torch.float8_e4m3fn
+_MERGED_AT_ONCE = 16  # parts of a row on their way together
 _TRITON_DTYPE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -50,8 +51,8 @@ def attend(
     q_row,  # strides
     q_head,
     page_stride,
-    token_stride,
-    head_stride,
+    token_stride: tl.constexpr,  # one pool has one layout; a constant distance between a tile's rows lies in the load instruction
+    head_stride: tl.constexpr,
     HKV: tl.constexpr,
     GROUP: tl.constexpr,
     D: tl.constexpr,
@@ -69,12 +70,12 @@ def attend(
     # The grid is what the table has room for, so that a captured graph can run it with any number of items in it. The hardware starts
     # the programs in order, the largest items first. The heads of an item are neighbours: together they read whole pages.
     work = tl.program_id(0)
-    if work >= tl.load(header) * HKV:
-        return
     item = items + (work // HKV) * 6
     head = work % HKV
     row_begin, row_end = tl.load(item), tl.load(item + 1)
     part_begin, part_end, slot = tl.load(item + 2), tl.load(item + 3), tl.load(item + 4)
+    if work >= tl.load(header) * HKV:  # asked for together with the item, which may hold anything then
+        return
 
     m = tl.arange(0, BLOCK_M)
     d = tl.arange(0, BLOCK_D)
@@ -103,22 +104,26 @@ def attend(
         inner = tl.full((BLOCK_M,), 1.0, tl.float32) * score_scale
 
     if IN_PLACE:
+        # A second accumulator: each part is summed from nothing, as where it has an item of its own, and folded in afterwards.
+        all_acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+        all_top = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+        all_sum = tl.zeros((BLOCK_M,), tl.float32)
         for part in range(part_begin, part_end):
             acc, top, total = attend_part(
                 part, tile_q, at, at_least, at_most, head, inner, scale, k_pages, v_pages, k_scale, v_scale,
                 page_ptr, pages, length, key_begin, parts, window, page_stride, token_stride, head_stride,
                 HKV, D, PAGE, BLOCK_M, BLOCK_N, BLOCK_D, DOT, FP8, WINDOW, SOFTCAP, STAGES,
             )  # fmt: skip
+            all_acc, all_top, all_sum = fold(all_acc, all_top, all_sum, acc, top, total)
+        # Asked for again: kept through the loop, they would cost the registers that make it spill.
+        row_begin, row_end, slot = tl.load(item), tl.load(item + 1), tl.load(item + 4)
+        if tl.load(item + 5) != 0:
+            store_rows(out, lse, all_acc, all_top, all_sum, row_begin, row_end, head, HKV, GROUP, D, BLOCK_M, BLOCK_D)
+        else:
             store_part(
-                partial, partial_ml, acc, top, total, row_begin, row_end, slot, head, HKV, GROUP, D, BLOCK_M, BLOCK_D
-            )
-            if tl.load(item + 5) != 0:
-                tl.debug_barrier()  # other threads' results are read now
-                fold_in_place(
-                    partial, partial_ml, out, lse, row_begin, row_end, slot, head, part == part_begin,
-                    part + 1 == part_end, HKV, GROUP, D, BLOCK_M, BLOCK_D,
-                )  # fmt: skip
-                tl.debug_barrier()  # and overwritten by the next part
+                partial, partial_ml, all_acc, all_top, all_sum, row_begin, row_end, slot, head,
+                HKV, GROUP, D, BLOCK_M, BLOCK_D,
+            )  # fmt: skip
     else:
         acc, top, total = attend_part(
             part_begin, tile_q, at, at_least, at_most, head, inner, scale, k_pages, v_pages, k_scale, v_scale,
@@ -144,7 +149,7 @@ def merge(
     D: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    STAGES: tl.constexpr,
+    BATCH: tl.constexpr,
 ):
     """Merges the partial results of one row and BLOCK_H of its heads, in their order."""
     index = tl.program_id(0)
@@ -153,22 +158,27 @@ def merge(
     row = tl.load(merge_rows + index).to(tl.int64)
     h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     d = tl.arange(0, BLOCK_D)
-    here = h < HEADS
-    inside = here[:, None] & (d < D)[None, :]
     all_top = tl.full((BLOCK_H,), -float("inf"), tl.float32)
     all_sum = tl.zeros((BLOCK_H,), tl.float32)
     all_acc = tl.zeros((BLOCK_H, BLOCK_D), tl.float32)
-    for at in tl.range(tl.load(merge_ptr + index), tl.load(merge_ptr + index + 1), num_stages=STAGES):
-        source = tl.load(merge_slots + at).to(tl.int64) * HEADS + h
-        top = tl.load(partial_ml + source * 2, mask=here, other=-float("inf"))
-        total = tl.load(partial_ml + source * 2 + 1, mask=here, other=0.0)
-        some = inside & (top != -float("inf"))[:, None]
-        acc = tl.load(partial + source[:, None] * D + d[None, :], mask=some, other=0.0)
-        all_acc, all_top, all_sum = fold(all_acc, all_top, all_sum, acc, top, total)
+    at, end = tl.load(merge_ptr + index), tl.load(merge_ptr + index + 1)
+    while at < end:
+        # A batch is on its way together: one after the other, each would wait for memory. They are folded in their order.
+        batch = ()
+        for i in tl.static_range(BATCH):
+            batch += (load_part(partial, partial_ml, merge_slots, at + i, end, h, d, HEADS, D),)  # type: ignore[assignment]
+        for i in tl.static_range(BATCH):
+            acc, top, total = batch[i]  # type: ignore[var-annotated]
+            all_acc, all_top, all_sum = fold(all_acc, all_top, all_sum, acc, top, total)
+        at += BATCH
     result, log_sum = finish(all_acc, all_top, all_sum)
     index = row * HEADS + h
-    tl.store(out + index[:, None] * D + d[None, :], result.to(out.dtype.element_ty), mask=inside)
-    tl.store(lse + index, log_sum, mask=here)
+    tl.store(
+        out + index[:, None] * D + d[None, :],
+        result.to(out.dtype.element_ty),
+        mask=(h < HEADS)[:, None] & (d < D)[None, :],
+    )
+    tl.store(lse + index, log_sum, mask=h < HEADS)
 
 
 class Tiles(NamedTuple):
@@ -180,28 +190,27 @@ class Tiles(NamedTuple):
     stages: int
 
 
-def tiles(q: torch.dtype, pages: torch.dtype, dim: int, matrix_rows: int, chip: str) -> Tiles:
-    """Tiles for q and pages of these dtypes, where at most `matrix_rows` rows times grouped heads see a segment.
+def tiles(q: torch.dtype, pages: torch.dtype, dim: int, chip: str) -> Tiles:
+    """Tiles for q and pages of these dtypes: one shape for every step, since it is part of the order in which a row is summed.
 
-    16-bit: 64 rows at least, since that is one warpgroup's wgmma on Hopper, and the unused rows cost nothing beside the loads (a tile of 64
-    keys takes 0.35 us of matrix units and 1 us of a multiprocessor's share of the memory); 128 halve the reads of what is read again.
-    The number of keys depends on nothing that may differ between a row's steps: it is part of the order in which a row is summed.
-    Larger tiles than these spill registers (`docs/kernels.md`).
+    16-bit: 64 rows, since that is one warpgroup's wgmma on Hopper. The unused rows of a decode step cost nothing beside the loads: 64 keys
+    take 0.35 us of matrix units and 1 us of a multiprocessor's share of the memory. 128 rows halve the reads of what is read again, and
+    were slower all the same on an H100 but in long prefills (by 3 %): two small CTAs work while one large one would wait.
+    Three stages instead of two: a tile more on its way, a fifth less time. Larger tiles spill registers (`docs/kernels.md`).
     """
     if dot_dtype(q, pages) == torch.float32:
         if chip == "sm100":
             return Tiles(16, 32, 8, 2)
-        return Tiles(16, 16, 4, 1) if chip == "hip" else Tiles(16, 16 if dim <= 128 else 32, 8, 1)
+        return Tiles(16, 16, 4, 1) if chip == "hip" else Tiles(16, 16 if dim <= 64 else 32, 8, 1)
     if dim > 128:
         if chip == "hip":
             return Tiles(32, 16, 4, 1) if pages == _FP8 else Tiles(64, 32, 4, 1)
         return Tiles(32, 32, 8, 2) if pages == _FP8 else Tiles(64, 32, 8, 1) if chip == "sm100" else Tiles(64, 16, 8, 2)
     if chip == "hip":
         return Tiles(64, 64 if dim <= 64 else 32, 4, 1)
-    keys = 64 if chip == "sm90" and (dim <= 64 or pages != _FP8) else 32
-    tall = matrix_rows > 64 and pages != _FP8
-    stages = 3 if chip == "sm80" and dim <= 64 else 2
-    return Tiles(128, keys, 8, stages) if tall else Tiles(64, keys, 4, stages)
+    if chip == "sm90":
+        return Tiles(64, 32, 4, 2) if pages == _FP8 and dim > 64 else Tiles(64, 64, 4, 2 if pages == _FP8 else 3)
+    return Tiles(64, 64, 4, 3) if chip == "sm80" and dim <= 64 else Tiles(64, 32, 4, 2)
 
 
 def dot_dtype(q: torch.dtype, pages: torch.dtype) -> torch.dtype:
@@ -220,13 +229,13 @@ def chip_of(device: torch.device) -> str:
     return "sm80" if major < 9 else "sm90" if major == 9 else "sm100"
 
 
-def tile_rows(q: torch.dtype, pages: torch.dtype, group: int, dim: int, widest: int, device: torch.device) -> int:
-    """Rows of a tile, for a plan's schedule, where `widest` rows at most see a segment.
+def tile_rows(q: torch.dtype, pages: torch.dtype, group: int, dim: int, device: torch.device) -> int:
+    """Rows of a tile, for a plan's schedule.
 
     Raises:
         ValueError: a group or a head dimension beyond the largest tile.
     """
-    rows = tiles(q, pages, dim, widest * group, chip_of(device)).rows // group
+    rows = tiles(q, pages, dim, chip_of(device)).rows // group
     if rows == 0 or dim > 256:
         raise ValueError(
             f"impl='triton': {group} q_heads a kv_head of head_dim {dim} in {q}; accepted: at most 16 q_heads, head_dim at most 256"
@@ -257,7 +266,7 @@ def committee_attention(
     rows, q_heads, dim = q.shape
     page_size, kv_heads = k_pages.shape[1:3]
     group = q_heads // kv_heads
-    rows_of_tile, slots, in_place = sizes
+    _, slots, in_place = sizes
     header, items, parts, merge_rows, merge_ptr, merge_slots = work
     q = q if q.stride(2) == 1 else q.contiguous()
     for name, store in (("k_pages", k_pages), ("v_pages", v_pages)):
@@ -274,8 +283,7 @@ def committee_attention(
     partial_ml = torch.empty((slots, q_heads, 2), dtype=torch.float32, device=q.device)
 
     dot = dot_dtype(q.dtype, k_pages.dtype)
-    shapes = (tiles(q.dtype, k_pages.dtype, dim, matrix_rows, chip_of(q.device)) for matrix_rows in (64, 128))
-    shape = next(shape for shape in shapes if shape.rows // group == rows_of_tile)
+    shape = tiles(q.dtype, k_pages.dtype, dim, chip_of(q.device))
     with on(q):
         if items.shape[0] > 0:
             attend[(items.shape[0] * kv_heads,)](
@@ -311,7 +319,7 @@ def committee_attention(
                 ),
             )
         if merge_rows.shape[0] > 0:
-            block_h = min(triton.next_power_of_2(q_heads), 4)
+            block_h = heads_merged(q_heads, dim)
             merge[(merge_rows.shape[0], triton.cdiv(q_heads, block_h))](
                 partial,
                 partial_ml,
@@ -325,10 +333,15 @@ def committee_attention(
                 D=dim,
                 BLOCK_H=block_h,
                 BLOCK_D=block_d(dim),
-                STAGES=3,
+                BATCH=_MERGED_AT_ONCE,
                 num_warps=1,
             )
     return out, lse
+
+
+def heads_merged(q_heads: int, dim: int) -> int:
+    """Heads of a row that one program merges: as many as give each of its 32 threads 16 bytes of a part to load."""
+    return min(int(triton.next_power_of_2(q_heads)), max(1, 128 // block_d(dim)))
 
 
 def block_d(dim: int) -> int:
@@ -382,11 +395,8 @@ def variants() -> list[Variant]:
             for q, pages in kinds:
                 if chip == "sm80" and pages == _FP8:
                     continue  # Ampere has no e4m3
-                shapes = list(dict.fromkeys(tiles(q, pages, dim, rows, chip) for rows in (64, 128)))
-                for shape in shapes:
-                    # Only the taller tile serves prefill, where rows merge their parts in place.
-                    places = (False, True) if shape == shapes[-1] else (False,)
-                    found += [_variant(q, pages, dim, shape, in_place, chip) for in_place in places]
+                shape = tiles(q, pages, dim, chip)
+                found += [_variant(q, pages, dim, shape, in_place, chip) for in_place in (False, True)]
     return [*found, *(_merge_variant(dim) for dim in (64, 128, 256))]
 
 
@@ -407,7 +417,8 @@ def _variant(q: torch.dtype, pages: torch.dtype, dim: int, shape: Tiles, in_plac
         "partial_ml": float_pointer,
         **dict.fromkeys(("position", "page_ptr", "pages", "length", "key_begin", "header", "items", "parts"), index),
     }
-    strides = dict.fromkeys(("q_row", "q_head", "page_stride", "token_stride", "head_stride"), "i32")
+    strides = dict.fromkeys(("q_row", "q_head", "page_stride"), "i32")
+    constexprs |= {"token_stride": 8 * dim, "head_stride": dim}
     return Variant(
         f"attend {_name(q)}{' fp8' if fp8 else ''} D{dim} M{shape.rows}{' in place' if in_place else ''}",
         attend,
@@ -424,8 +435,8 @@ def _merge_variant(dim: int) -> Variant:
     pointers = dict.fromkeys(("partial", "partial_ml", "out", "lse"), POINTER[torch.float32])
     pointers |= dict.fromkeys(("header", "merge_rows", "merge_ptr", "merge_slots"), POINTER[torch.int32])
     pointers["out"] = POINTER[torch.bfloat16]
-    constexprs = {"HEADS": 32, "D": dim, "BLOCK_H": 4, "BLOCK_D": block_d(dim), "STAGES": 3}
-    return Variant(f"merge D{dim}", merge, pointers, constexprs, 1, 3, tuple(pointers))
+    sizes = {"HEADS": 32, "D": dim, "BLOCK_H": heads_merged(32, dim), "BLOCK_D": block_d(dim), "BATCH": _MERGED_AT_ONCE}
+    return Variant(f"merge D{dim}", merge, pointers, sizes, 1, 2, tuple(pointers))
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -31,8 +31,8 @@ def attend_part(
     parts,
     window,
     page_stride,
-    token_stride,
-    head_stride,
+    token_stride: tl.constexpr,
+    head_stride: tl.constexpr,
     HKV: tl.constexpr,
     D: tl.constexpr,
     PAGE: tl.constexpr,
@@ -64,53 +64,73 @@ def attend_part(
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     unit = tl.full((BLOCK_M,), 1.0, tl.float32)
+    # A tile's page is asked for while the tile before it is worked on: a third of the time went by waiting for these numbers.
+    page = page_of(page_list, lo, hi, PAGE, BLOCK_N)
     for key in tl.range(lo, full, BLOCK_N, num_stages=STAGES):
+        next_page = page_of(page_list, key + BLOCK_N, hi, PAGE, BLOCK_N)
         k = load_tile(
-            k_pages, page_list, key, hi, head, page_stride, token_stride, head_stride, D, PAGE, BLOCK_N, BLOCK_D, False
-        )
+            k_pages, page_list, page, key, hi, head, page_stride, token_stride, head_stride, D, PAGE, BLOCK_N, BLOCK_D,
+            False,
+        )  # fmt: skip
         v = load_tile(
-            v_pages, page_list, key, hi, head, page_stride, token_stride, head_stride, D, PAGE, BLOCK_N, BLOCK_D, False
-        )
-        k_factor = load_scales(k_scale, page_list, key, hi, head, HKV, PAGE, BLOCK_N, FP8)
-        v_factor = load_scales(v_scale, page_list, key, hi, head, HKV, PAGE, BLOCK_N, FP8)
+            v_pages, page_list, page, key, hi, head, page_stride, token_stride, head_stride, D, PAGE, BLOCK_N, BLOCK_D,
+            False,
+        )  # fmt: skip
+        k_factor = load_scales(k_scale, page_list, page, key, hi, head, HKV, PAGE, BLOCK_N, FP8)
+        v_factor = load_scales(v_scale, page_list, page, key, hi, head, HKV, PAGE, BLOCK_N, FP8)
         every = tl.full((1, 1), 1, tl.int1)
         weight, shrink, top, total, unit = weigh(
             q, k, k_factor, v_factor, top, total, unit, inner, scale, every, DOT, FP8, SOFTCAP, False
         )
         acc = tl.dot(weight.to(DOT), v.to(DOT), acc * shrink[:, None], input_precision="ieee")
+        page = next_page
     last = tl.minimum(at, first_key + hi - 1)  # position of the last key that a row sees here
     for key in tl.range(full, hi, BLOCK_N, num_stages=2 if STAGES > 1 else 1):
         offset = key + tl.arange(0, BLOCK_N)
         seen = (first_key + offset)[None, :] <= last[:, None]  # [M, N]
         if WINDOW:
             seen &= (first_key + offset).to(tl.int64)[None, :] > (at.to(tl.int64) - window)[:, None]
+        next_page = page_of(page_list, key + BLOCK_N, hi, PAGE, BLOCK_N)
         k = load_tile(
-            k_pages, page_list, key, hi, head, page_stride, token_stride, head_stride, D, PAGE, BLOCK_N, BLOCK_D, True
-        )
-        k_factor = load_scales(k_scale, page_list, key, hi, head, HKV, PAGE, BLOCK_N, FP8)
+            k_pages, page_list, page, key, hi, head, page_stride, token_stride, head_stride, D, PAGE, BLOCK_N, BLOCK_D,
+            True,
+        )  # fmt: skip
+        k_factor = load_scales(k_scale, page_list, page, key, hi, head, HKV, PAGE, BLOCK_N, FP8)
         v = load_tile(
-            v_pages, page_list, key, hi, head, page_stride, token_stride, head_stride, D, PAGE, BLOCK_N, BLOCK_D, True
-        )
-        v_factor = load_scales(v_scale, page_list, key, hi, head, HKV, PAGE, BLOCK_N, FP8)
+            v_pages, page_list, page, key, hi, head, page_stride, token_stride, head_stride, D, PAGE, BLOCK_N, BLOCK_D,
+            True,
+        )  # fmt: skip
+        v_factor = load_scales(v_scale, page_list, page, key, hi, head, HKV, PAGE, BLOCK_N, FP8)
         weight, shrink, top, total, unit = weigh(
             q, k, k_factor, v_factor, top, total, unit, inner, scale, seen, DOT, FP8, SOFTCAP, True
         )
         acc = tl.dot(weight.to(DOT), v.to(DOT), acc * shrink[:, None], input_precision="ieee")
+        page = next_page
     if FP8 and DOT == tl.float16:
         acc *= unit[:, None]
     return acc, top, total
 
 
 @triton.jit
+def page_of(page_list, key, hi, PAGE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The page of the tile that begins at `key`; any number where the tile has several, or begins at `hi` or after it."""
+    if PAGE % BLOCK_N == 0:
+        return tl.load(page_list + key // PAGE, mask=key < hi, other=0)
+    else:
+        return 0
+
+
+@triton.jit
 def load_tile(
     store,  # k_pages or v_pages
     page_list,  # the segment's pages
+    page,  # the tile's, where it lies in one
     key,  # the tile's first key, an offset in the segment
     hi,  # the key after the last
     head,
     page_stride,
-    token_stride,
-    head_stride,
+    token_stride: tl.constexpr,
+    head_stride: tl.constexpr,
     D: tl.constexpr,
     PAGE: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -122,13 +142,12 @@ def load_tile(
     d = tl.arange(0, BLOCK_D)
     there = key + n < hi
     if PAGE % BLOCK_N == 0:  # a tile lies in one page: its number is a scalar, offsets within it fit 32 bits
-        page = tl.load(page_list + key // PAGE).to(tl.int64)
-        start = page * page_stride + key % PAGE * token_stride + head * head_stride
+        start = page.to(tl.int64) * page_stride + key % PAGE * token_stride + head * head_stride
         token = n * token_stride
     else:
-        page = tl.load(page_list + (key + n) // PAGE, mask=there, other=0).to(tl.int64)
+        each = tl.load(page_list + (key + n) // PAGE, mask=there, other=0).to(tl.int64)
         start = head * head_stride
-        token = page * page_stride + ((key + n) % PAGE) * token_stride
+        token = each * page_stride + ((key + n) % PAGE) * token_stride
     at = store + start + token[:, None] + d[None, :]
     if MASKED:
         return tl.load(at, mask=there[:, None] & (d < D)[None, :], other=0.0)
@@ -140,13 +159,25 @@ def load_tile(
 
 @triton.jit
 def load_scales(
-    scales, page_list, key, hi, head, HKV: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr, FP8: tl.constexpr
+    scales,
+    page_list,
+    page,
+    key,
+    hi,
+    head,
+    HKV: tl.constexpr,
+    PAGE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    FP8: tl.constexpr,
 ):
     """The scales `[N]` of a tile of fp8 keys or values; 1 where the pages have none."""
     offset = key + tl.arange(0, BLOCK_N)
     if FP8:
-        page = tl.load(page_list + offset // PAGE, mask=offset < hi, other=0).to(tl.int64)
-        return tl.load(scales + (page * PAGE + offset % PAGE) * HKV + head, mask=offset < hi, other=0.0)
+        if PAGE % BLOCK_N == 0:
+            each = page.to(tl.int64)
+        else:
+            each = tl.load(page_list + offset // PAGE, mask=offset < hi, other=0).to(tl.int64)
+        return tl.load(scales + (each * PAGE + offset % PAGE) * HKV + head, mask=offset < hi, other=0.0)
     else:
         return tl.full((BLOCK_N,), 1.0, tl.float32)
 
@@ -222,8 +253,22 @@ def fold(all_acc, all_top, all_sum, acc, top, total):
     left = tl.exp2(all_top - base)
     right = tl.exp2(top - base)
     all_sum = tl.fma(total, right, all_sum * left)
+    # What a row has not seen may be NaN all the same, 0 times a value that is not finite.
+    acc = tl.where((top == -float("inf"))[:, None], 0.0, acc)
     all_acc = tl.fma(acc, tl.broadcast_to(right[:, None], acc.shape), all_acc * left[:, None])
     return all_acc, new_top, all_sum
+
+
+@triton.jit
+def load_part(partial, partial_ml, merge_slots, at, end, h, d, HEADS: tl.constexpr, D: tl.constexpr):
+    """One part's result `[H, D]` of the heads `h`, its largest exponent and sum `[H]`; behind the last part, one that saw nothing."""
+    source = tl.load(merge_slots + at, mask=at < end, other=0).to(tl.int64) * HEADS + h
+    there = (h < HEADS) & (at < end)
+    top = tl.load(partial_ml + source * 2, mask=there, other=-float("inf"))
+    total = tl.load(partial_ml + source * 2 + 1, mask=there, other=0.0)
+    # What a row that sees nothing left in its slot is anything, and does not count.
+    acc = tl.load(partial + source[:, None] * D + d[None, :], mask=there[:, None] & (d < D)[None, :], other=0.0)
+    return acc, top, total
 
 
 @triton.jit
@@ -264,54 +309,28 @@ def store_part(
 
 
 @triton.jit
-def fold_in_place(
-    partial,
-    partial_ml,
+def store_rows(
     out,
     lse,
+    acc,  # [M, D]
+    top,  # [M]
+    total,
     row_begin,
     row_end,
-    slot,
     head,
-    first,  # whether this was the first part
-    last,
     HKV: tl.constexpr,
     GROUP: tl.constexpr,
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Merges the part that a tile has just stored into what its parts before came to, in memory (the L2, mostly), or finishes the rows.
-
-    Sixteen rows at a time: a second accumulator beside the first would not fit the registers, nor would the indices for one.
-    """
+    """Finishes a tile that has seen all of its rows' keys."""
+    m = tl.arange(0, BLOCK_M)
     d = tl.arange(0, BLOCK_D)
-    heads = HKV * GROUP
-    for begin in range(0, BLOCK_M, 16):
-        m = begin + tl.arange(0, 16)
-        row = row_begin + m // GROUP
-        q_index = head * GROUP + m % GROUP
-        here = row < row_end
-        inside = here[:, None] & (d < D)[None, :]
-        mine = (slot + row - row_begin).to(tl.int64) * heads + q_index
-        before = mine + (row_end - row_begin).to(tl.int64) * heads
-        top = tl.load(partial_ml + mine * 2, mask=here, other=-float("inf"))
-        total = tl.load(partial_ml + mine * 2 + 1, mask=here, other=0.0)
-        acc = tl.load(
-            partial + mine[:, None] * D + d[None, :], mask=inside & (top != -float("inf"))[:, None], other=0.0
-        )
-        known = row < tl.where(first, row_begin, row_end)  # there is nothing before the first
-        all_top = tl.load(partial_ml + before * 2, mask=known, other=-float("inf"))
-        all_sum = tl.load(partial_ml + before * 2 + 1, mask=known, other=0.0)
-        all_acc = tl.load(partial + before[:, None] * D + d[None, :], mask=known[:, None] & (d < D)[None, :], other=0.0)
-        all_acc, all_top, all_sum = fold(all_acc, all_top, all_sum, acc, top, total)
-        if last:
-            index = row.to(tl.int64) * heads + q_index
-            result, log_sum = finish(all_acc, all_top, all_sum)
-            tl.store(out + index[:, None] * D + d[None, :], result.to(out.dtype.element_ty), mask=inside)
-            tl.store(lse + index, log_sum, mask=here)
-        else:
-            tl.debug_barrier()  # several warps read the same numbers: all of them before one overwrites them
-            tl.store(partial_ml + before * 2, all_top, mask=here)
-            tl.store(partial_ml + before * 2 + 1, all_sum, mask=here)
-            tl.store(partial + before[:, None] * D + d[None, :], all_acc, mask=inside)
+    row = row_begin + m // GROUP
+    here = row < row_end
+    index = row.to(tl.int64) * (HKV * GROUP) + head * GROUP + m % GROUP
+    result, log_sum = finish(acc, top, total)
+    inside = here[:, None] & (d < D)[None, :]
+    tl.store(out + index[:, None] * D + d[None, :], result.to(out.dtype.element_ty), mask=inside)
+    tl.store(lse + index, log_sum, mask=here)
