@@ -63,8 +63,8 @@ TESTS = (
 
 # In the order of what would be missed most. FlexAttention compiles for every shape, so it has a stage of its own, with whatever is left.
 STAGES = (
-    Stage("verify", "check", (*WHISPERS, "verify", "--impl", "triton", *CUDA), 150),
-    Stage("tests", "tests", ("-m", "pytest", "-o", "addopts=", "-q", *WORKERS, *TESTS), 150),
+    Stage("verify", "check", (*WHISPERS, "verify", "--impl", "triton", *CUDA), 220),
+    Stage("tests", "tests", ("-m", "pytest", "-o", "addopts=", "-q", *WORKERS, *TESTS), 220),
     Stage("throughput 8b", "throughput", (*WHISPERS, *STEPS, "--shape", "llama-8b", *UNCOMPILED), 80),
     Stage("kernels", "kernels", (*WHISPERS, *SWEEP, "--peers", "sdpa-repeated,flashinfer-cascade,flash-attn"), 110, True),
     Stage("throughput 1b", "throughput", (*WHISPERS, *STEPS, "--shape", "llama-1b", *UNCOMPILED), 40),

@@ -39,9 +39,8 @@ class Columns(NamedTuple):
 class Schedule(NamedTuple):
     """The work of one attention, as int32 columns on the host. `parts` are key ranges of segments.
 
-    An item is a tile of rows and consecutive parts. Its partial results lie in slots, one a row, from `slot` on. Most items have one part
-    and leave its result there, to be merged. One that merges `in_place` has all parts of its rows in order, a second slot a row for what
-    they come to so far, and finishes its rows.
+    An item is a tile of rows and consecutive parts. Most items have one part and leave its partial result in slots, one a row, from `slot`
+    on, to be merged. One that merges `in_place` has all parts of its rows in order, folds each into those before it and finishes its rows.
     """
 
     items: NDArray[np.int32]  # [I, 6] row_begin, row_end, part_begin, part_end, slot, in_place; the largest first
@@ -125,8 +124,7 @@ def lay_out(
             last = min(row + tile_rows, end)
             reach = int(position[row:last].max())  # keys after it are not read
             work = sum(max(0, min(keys(part), reach - begins[parts[part][0]] - parts[part][1] + 1)) for part in seen)
-            items.append((row, last, first, first + len(seen), slots, 1, work))
-            slots += 2 * (last - row)
+            items.append((row, last, first, first + len(seen), 0, 1, work))
 
     # Per segment, its rows that are merged later, in runs; each part of a run has one slot a row.
     base: dict[int, int] = {}  # of a part's current run: the slot of row 0, were it in the run

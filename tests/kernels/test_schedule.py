@@ -39,7 +39,7 @@ class Part(NamedTuple):
 class Item(NamedTuple):
     rows: range
     parts: list[Part]
-    slots: range  # of its rows' partial results and, in place, of what they come to so far
+    slots: range  # of its rows' partial results; in place there are none
     in_place: bool
 
 
@@ -48,7 +48,7 @@ def items_of(made: Schedule) -> list[Item]:
     for row_begin, row_end, part_begin, part_end, slot, in_place in made.items.tolist():
         parts = [Part(*part) for part in made.parts[part_begin:part_end].tolist()]
         rows = range(row_begin, row_end)
-        found.append(Item(rows, parts, range(slot, slot + len(rows) * (1 + in_place)), bool(in_place)))
+        found.append(Item(rows, parts, range(slot, slot if in_place else slot + len(rows)), bool(in_place)))
     return found
 
 
