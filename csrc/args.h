@@ -93,11 +93,4 @@ struct PoolLogits {
   int64_t rows, vocabulary, groups, row_stride, dtype, rule;
 };
 
-struct Likeliest {
-  const void* logits;  // [rows, vocabulary]
-  int64_t* tokens;     // [rows]
-  float* logprobs;     // [rows]
-  int64_t rows, vocabulary, row_stride, dtype;
-};
-
 }  // namespace whispers

@@ -68,9 +68,27 @@ inline void norm_heads(const Forward& a, const ForwardLayer& layer, const Crew& 
   });
 }
 
+// Cosines and sines of all rows' rotary angles, once for all layers.
+inline void turn(const Forward& a, const Crew& crew) {
+  const int64_t half = a.rope.dim / 2;
+  const Share share = share_of(a.rows, crew);
+  for (int64_t row = share.begin; row < share.end; ++row) {
+    float *cos = a.angles + row * half, *sin = cos + a.rows * half;
+    for (int64_t i = 0; i < half; ++i) {
+      const float angle = static_cast<float>(a.attention.position[row]) * a.inverse[i];
+      cos[i] = __builtin_cosf(angle);
+      sin[i] = __builtin_sinf(angle);
+    }
+  }
+}
+
 inline void forward(const Forward& a, const Crew& crew) {
   const int64_t attended = a.attention.q_heads * a.attention.dim;
   RopeAndStore rope = a.rope;
+  rope.cos = a.angles;
+  rope.sin = a.angles + a.rows * (rope.dim / 2);
+  rope.angle_row = rope.dim / 2;
+  turn(a, crew);
   Attention attention = a.attention;
   if (a.embed.table != nullptr) {
     embed_rows(a.embed, crew);

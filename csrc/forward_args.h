@@ -28,12 +28,14 @@ struct Forward {
   void* q;                   // [rows, q_heads, dim]
   void* attended;            // [rows, q_heads, dim]
   void* gated;               // [rows, intermediate]
+  const float* inverse;      // [dim / 2] radians a position
+  float* angles;             // [2, rows, dim / 2] room for their cosines and sines
   int64_t rows, width, intermediate, weight_dtype;
   int64_t layer_stride;      // bytes from a layer's pages to the next one's, keys and values alike
   double eps;
   EmbedRows embed;           // a plain table, or null there and
   UnpackRows unpack;         // a packed one
-  RopeAndStore rope;         // of the first layer; q, k, v and out are set here
+  RopeAndStore rope;         // of the first layer, but for its angles
   Attention attention;       // likewise
 };
 

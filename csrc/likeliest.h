@@ -1,8 +1,10 @@
 // The likeliest token of each row of logits, and its log-probability: what greedy decoding wants, without a distribution written and read.
+// The product that makes the logits can go before it in the same call.
 //
 // The normaliser is `pool_logits`' own, chunk by chunk, so the log-probability has the bits of a pool of that row alone.
 #pragma once
 
+#include "linear.h"
 #include "pool_logits.h"
 
 namespace whispers::WHISPERS_ISA {
@@ -26,7 +28,8 @@ struct LikeliestScratch {
 };
 inline int64_t likeliest_chunks(const Likeliest& a) { return ceil_div(a.vocabulary, kChunk); }
 inline int64_t likeliest_scratch(const Likeliest& a) {  // bytes
-  return a.rows * likeliest_chunks(a) * static_cast<int64_t>(sizeof(LogSum) + sizeof(int64_t));
+  const int64_t own = a.rows * likeliest_chunks(a) * static_cast<int64_t>(sizeof(LogSum) + sizeof(int64_t));
+  return a.head.weights.outputs == 0 ? own : larger(own, rows_bytes(a.head));
 }
 
 template <class T>
@@ -53,6 +56,10 @@ inline void likeliest_phases(const Likeliest& a, const Crew& crew) {
 }
 
 inline void likeliest(const Likeliest& a, const Crew& crew) {
+  if (a.head.weights.outputs != 0) {
+    linear(a.head, crew);
+    crew.barrier();
+  }
   with_dtype(a.dtype, [&](auto kind) { likeliest_phases<decltype(kind)>(a, crew); });
 }
 

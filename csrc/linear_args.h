@@ -36,6 +36,14 @@ struct Linear {
   int64_t rows, x_row, residual_row, out_row, x_dtype, out_dtype;
 };
 
+struct Likeliest {
+  Linear head;         // the product that makes the logits; of no outputs: they are there
+  const void* logits;  // [rows, vocabulary]
+  int64_t* tokens;     // [rows]
+  float* logprobs;     // [rows]
+  int64_t rows, vocabulary, row_stride, dtype;
+};
+
 struct UnpackRows {
   Packed weights;      // as a table [outputs, depth], not gated
   const int64_t* ids;  // [rows]; from `outputs` on, rows of `soft`

@@ -57,7 +57,6 @@ class Decoder:
         # Those of the current plan: row, positions computed, positions that the plan has pages for.
         self._spans: dict[Span, tuple[int, int, int]] = {}
 
-    @torch.inference_mode()
     def run(self, work: list[Work]) -> tuple[Tensor, dict[Span, int]] | None:
         """Hidden states `[R, hidden]` and every span's row, as `Model.forward` gives them; None: this is no step for a decoder."""
         spans = [span for span, _ in work]
@@ -74,7 +73,10 @@ class Decoder:
             ids[row] = span.ids[span.computed]
             # A branch's pages lie anywhere: its next slot need not be the one after its last.
             slots[row] = span.pages[span.computed // page_size] * page_size + span.computed % page_size
-        step.inputs.copy_(torch.tensor([ids, slots]), non_blocking=True)
+        if step.inputs.device.type == "cpu":
+            step.inputs.numpy()[:] = ids, slots
+        else:
+            step.inputs.copy_(torch.tensor([ids, slots]), non_blocking=True)
         if self._capture:
             if step.graph is None:
                 self._record(step)

@@ -84,7 +84,6 @@ class Model:
         angle = positions.float()[:, None] * self._inverse
         return angle.cos(), angle.sin()
 
-    @torch.inference_mode()
     def forward(self, batch: Batch, pool: PagePool, taps: dict[int, Tensor | None] | None = None) -> Tensor:
         """Writes the rows' keys and values into the pool and returns their final, normalised hidden states `[R, hidden]`.
 
@@ -93,13 +92,13 @@ class Model:
                 `hidden_states`; its values are filled in.
         """
         taps = {} if taps is None else taps
-        cos, sin = self.rotation(batch.plan.position)  # once a step, for all layers
         if self._packed is None:
+            cos, sin = self.rotation(batch.plan.position)  # once a step, for all layers
             return self._compose(batch, pool, cos, sin, taps)
         rows = batch.ids.shape[0]
         filled = {layer: torch.empty(rows, self.config.hidden_size, dtype=self.dtype) for layer in taps}
         taps.update(filled)
-        return self._packed(batch.ids, batch.soft, cos, sin, batch.slots, pool.k, pool.v, batch.plan, filled)
+        return self._packed(batch.ids, batch.soft, self._inverse, batch.slots, pool.k, pool.v, batch.plan, filled)
 
     def _compose(
         self, batch: Batch, pool: PagePool, cos: Tensor, sin: Tensor, taps: dict[int, Tensor | None]
@@ -137,7 +136,6 @@ class Model:
             taps[config.num_layers] = x
         return x
 
-    @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits `[R, V]` of final hidden states `[R, hidden]`: float32 from the C++ kernels, else in the model's dtype."""
         if self._packed is not None:
@@ -145,7 +143,6 @@ class Model:
         assert self._weights is not None
         return F.linear(hidden, self._weights.head)
 
-    @torch.inference_mode()
     def likeliest(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """The likeliest next token int64 `[R]` of final hidden states `[R, hidden]`, and its log-probability, float32 `[R]`.
 

@@ -88,6 +88,7 @@ class Scheduler:
             span.computed += count
         return hidden, first_row
 
+    @torch.no_grad()
     def step(self) -> None:
         """Computes one batch and sends the events that follow from it to the tasks' sinks."""
         if self.model.impl != "cpp":
@@ -260,7 +261,7 @@ class Scheduler:
             live = [branch for branch in task.branches if branch.finish_reason is None]
             for branch in live:
                 if branch.span in counts and not branch.span.pending:
-                    branch.hidden = hidden[first_row[branch.span] + counts[branch.span] - 1]
+                    branch.hidden = hidden, first_row[branch.span] + counts[branch.span] - 1
             ready = [branch for branch in live if branch.hidden is not None]
             if not task.pooled:
                 groups += [(task, [branch]) for branch in ready]
@@ -284,7 +285,7 @@ class Scheduler:
 
         Whether a branch is `greedy` is up to its own task: it gets the same token and bits in any company.
         """
-        hidden = torch.stack([branch.hidden for _, group in groups for branch in group if branch.hidden is not None])
+        hidden = _gather([branch.hidden for _, group in groups for branch in group if branch.hidden is not None])
         alone = sum(_rule(task) == "greedy" for task, _ in groups)  # a group of one each
         parts = []
         if alone:
@@ -292,9 +293,12 @@ class Scheduler:
             parts.append((tokens, logp, logp))
         if alone < len(groups):
             parts.append(self._pool(groups[alone:], hidden[alone:]))
+        tokens, pooled, own = (part[0] if len(part) == 1 else torch.cat(part) for part in zip(*parts, strict=True))
+        if hidden.device.type == "cpu":
+            found = pooled.tolist()
+            return tokens.tolist(), found, found if own is pooled else own.tolist()
         # The one time that a step waits for the device. Token ids and float32 are exact in float64.
-        columns = [torch.cat(column).double() for column in zip(*parts, strict=True)]
-        found, count = torch.cat(columns).tolist(), len(groups)
+        found, count = torch.cat([tokens.double(), pooled.double(), own.double()]).tolist(), len(groups)
         return [int(token) for token in found[:count]], found[count : 2 * count], found[2 * count :]
 
     def _pool(self, groups: list[tuple[Task, list[Branch]]], hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -381,3 +385,11 @@ def _rule(task: Task) -> Literal["greedy", "mixture", "product"]:
     if not task.pooled and task.sampling.temperature == 0:
         return "greedy"
     return "product" if task.aggregate == "product" else "mixture"
+
+
+def _gather(rows: list[tuple[Tensor, int]]) -> Tensor:
+    """Rows of steps' hidden states, `[R, hidden]`; without a copy where they are one step's first ones, as mostly while all decode."""
+    states = rows[0][0]
+    if all(mine is states and row == at for at, (mine, row) in enumerate(rows)):
+        return states if len(rows) == len(states) else states[: len(rows)]
+    return torch.stack([mine[row] for mine, row in rows])

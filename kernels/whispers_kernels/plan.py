@@ -142,7 +142,9 @@ class FixedPlan(Plan):
         tile_rows: int | None,
         device: torch.device | str,
     ):
-        shapes: list[tuple[int, ...]] = [(rows,), (segments + 1,), (pages,), *[(segments,)] * 4, (rows,), (segments,)]
+        # What moves on, and by how much, first: positions and lengths lie in one piece each, so that one addition does it.
+        shapes: list[tuple[int, ...]] = [(rows,), (segments,)] * 2
+        shapes += [(segments + 1,), (pages,), *[(segments,)] * 3]
         shapes += [(2,), (items, 6), (parts, 3), (rows,), (rows + 1,), (merges,)]
         starts, size = _starts([math.prod(shape) for shape in shapes])
         cuda = torch.device(device).type == "cuda"
@@ -159,10 +161,12 @@ class FixedPlan(Plan):
         ]
         self.tile_rows = tile_rows
         work = {} if tile_rows is None else {tile_rows: Work(views[9:], tile_rows, slots, False)}
-        position, page_ptr, named, length, key_begin, row_begin, row_end = views[:7]
+        position, length, _, _, page_ptr, named, key_begin, row_begin, row_end = views[:9]
         nothing = Columns(*[np.zeros(0, dtype=np.int32)] * 5)
         super().__init__(position, page_ptr, named, length, key_begin, row_begin, row_end, 0, 1, nothing, work)
-        self._row_step, self._key_step = views[7:9]  # what a step adds to every position and length
+        # numpy's arrays on a CPU: a step's first operation of torch costs it 50 us there, for this one alone.
+        store = self._device if cuda else self._device.numpy()
+        self._moving, self._by = store[: starts[2]], store[starts[2] : starts[4]]
 
     def load(self, plan: Plan, schedule: Schedule | None, grows: Sequence[int]) -> bool:
         """Takes over a plan on the CPU and its schedule; False, and nothing taken, where they do not fit.
@@ -173,8 +177,8 @@ class FixedPlan(Plan):
         position, length, key_begin, row_begin, row_end = plan.columns
         key_step = np.zeros(len(length), dtype=np.int32)
         key_step[list(grows)] = 1
-        columns = [position, plan.page_ptr.numpy(), plan.pages.numpy(), length, key_begin, row_begin, row_end]
-        columns += [np.ones_like(position), key_step]
+        columns = [position, length, np.ones_like(position), key_step]
+        columns += [plan.page_ptr.numpy(), plan.pages.numpy(), key_begin, row_begin, row_end]
         if schedule is not None:
             columns += work_columns(schedule)
             if schedule.in_place or schedule.slots > self._work[self.tile_rows or 0].slots:
@@ -186,7 +190,7 @@ class FixedPlan(Plan):
         for column, mine in zip(columns, self._columns, strict=False):
             mine[: column.size] = column.ravel()
             mine[column.size :] = 0
-        self._columns[1][len(length) + 1 :] = plan.pages.numel()  # empty segments have no pages
+        self._columns[4][len(length) + 1 :] = plan.pages.numel()  # empty segments have no pages
         self._device.copy_(self._host, non_blocking=True)
         if self._copied is not None:
             self._copied.record(torch.cuda.current_stream(self._device.device))
@@ -195,8 +199,7 @@ class FixedPlan(Plan):
 
     def advance(self) -> None:
         """One token further: every row's position, and the length of every segment that grows, on the device."""
-        self.position.add_(self._row_step)
-        self.length.add_(self._key_step)
+        self._moving += self._by
 
 
 def work_columns(schedule: Schedule) -> list[Column]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.engine.conftest import Tiny, token_ids
-from tests.engine.test_decode import follow, make, requests
+from tests.engine.conftest import Tiny, soft_prompt, token_ids
+from tests.engine.test_decode import endless, follow, make, requests, same
 from tests.engine.test_sharing import committee
-from whispers_engine import Engine, Token
+from whispers_engine import Engine, SamplingParams, Token
 from whispers_engine.kv_cache import PagePool
 from whispers_kernels import available_impls
 
@@ -89,3 +89,25 @@ def test_what_is_written_is_read(dtype: torch.dtype, page_size: int) -> None:
         assert panels.equal(plain)
     at_once = pools[1].read(range(pages))[0][1].flatten(0, 1)[slots]
     assert at_once.equal(keys.to(dtype))
+
+
+@needs_cpp
+def test_a_larger_forward_between_two_steps_of_a_plan(llama: Tiny) -> None:
+    """The room that a forward works in is another one after it: the arguments that a decode step keeps are made anew."""
+    question = (token_ids(llama, 30, 1), token_ids(llama, 4, 2))
+    sampling, names = SamplingParams(max_tokens=40), ["e0", "e1"]
+    answers = []
+    for joins in (False, True):
+        engine = make(llama, committee(llama, 2), impl="cpp", page_size=16)
+        endless(engine)
+        decoder = engine._scheduler.decoder
+        assert decoder is not None and engine.model._packed is not None
+        events = engine.stream(question, experts=names, sampling=sampling, early_end=False)
+        told = [next(events) for _ in range(21)]
+        room, plan = engine.model._packed._room, decoder._current
+        if joins:
+            engine.add_expert(soft_prompt(llama, 300, 9, "late", "detached"))
+        told.append(next(events))
+        assert decoder._current is plan and (engine.model._packed._room is not room) == joins
+        answers.append(told + list(events))
+    same(*answers, tolerance=0.0)

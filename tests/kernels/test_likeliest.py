@@ -22,7 +22,7 @@ VOCABULARIES = (1, 7, 16, 33, 4096, 4097, 12289)  # chunks have 4096: less, whol
 def test_cpp_takes_the_first_of_the_largest(
     dtype: torch.dtype, vocabulary: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from whispers_kernels.cpp.small_ops import likeliest
+    from whispers_kernels.cpp.likeliest import likeliest
 
     logits = normal(9, 2 * vocabulary, dtype=dtype)[:, :vocabulary]
     logits[1] = 3.0  # all alike
@@ -40,7 +40,7 @@ def test_cpp_takes_the_first_of_the_largest(
 
 
 def test_cpp_names_a_token_of_rows_that_are_no_numbers() -> None:
-    from whispers_kernels.cpp.small_ops import likeliest
+    from whispers_kernels.cpp.likeliest import likeliest
 
     logits = torch.tensor([[math.nan] * 20, [-math.inf] * 20, [1.0, math.nan] + [0.0] * 18])
     tokens, logprobs = likeliest(logits)

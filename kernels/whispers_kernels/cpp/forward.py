@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import operator
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,15 +12,16 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..plan import Plan
+from ..plan import FixedPlan, Plan
 from .attention import tile_rows
 from .library import address, check_pages, dense, dtype_of, isa, operation, page_layout
+from .likeliest import likeliest_of
 from .linear import PackedLinear
 from .packing import Memory
-from .small_ops import likeliest
 
 # A Forward of csrc/forward_args.h: itself, then its EmbedRows, UnpackRows, RopeAndStore and Attention.
-_forward = operation("forward", "15qd" + "12q" + "14q" + "32q" + "36q2d")
+_forward = operation("forward", "17qd" + "12q" + "14q" + "32q" + "36q2d")
+_OUT = 5 * 8  # where in it the result's place is
 
 
 class LayerWeights(Protocol):
@@ -111,6 +113,10 @@ class Forward:
         self.head = PackedLinear(head, memory=memory)
         self._table = None if head is embeddings else embeddings.clone()
         self._room: tuple[int, list[Tensor]] = (0, [])
+        self._untapped = self._places({})
+        # The arguments of the last step of a plan that stays, and what they are of.
+        self._last = b""
+        self._last_of: tuple[object, ...] = (None,) * 7
 
     @property
     def nbytes(self) -> int:
@@ -132,14 +138,13 @@ class Forward:
 
     def likeliest(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """The likeliest next token int64 `[R]` of final hidden states `[R, hidden]`, and its log-probability, float32 `[R]`."""
-        return likeliest(self.logits(hidden))
+        return likeliest_of(self.head, hidden)
 
     def __call__(
         self,
         ids: Tensor,
         soft: Tensor | None,
-        cos: Tensor,
-        sin: Tensor,
+        inverse: Tensor,
         slots: Tensor,
         k: Tensor,
         v: Tensor,
@@ -151,12 +156,42 @@ class Forward:
         Args:
             ids: int64 `[R]`; from V on, rows of `soft`.
             soft: `[P, hidden]`, or None.
-            cos, sin: float32 `[R, D/2]`.
+            inverse: float32 `[D/2]`, contiguous: radians that a position turns each pair of a head's numbers by.
             slots: int64 `[R]`; where each row's key goes; -1: nowhere.
             k, v: `[layers, N, page_size, Hkv, D]`, contiguous, in the weights' dtype; or in panels (`whispers_kernels.panels`).
             plan: of R rows.
             taps: tensors `[R, hidden]` to fill, by layer: 0 before the first, ..., and the final states.
         """
+        rows = ids.shape[0]
+        out = torch.empty(rows, self._width, dtype=self._dtype)
+        room = self._working(rows)
+        soft = None if soft is None else dense(soft)
+        if taps or soft is not None or not isinstance(plan, FixedPlan):
+            tapped = self._places(taps) if taps else self._untapped
+            block = self._arguments(ids, soft, inverse, slots, k, v, plan, tapped, room)
+        else:
+            # The next step of the same plan differs in the result's place alone.
+            of = (ids, inverse, slots, k, v, plan, room)
+            if not all(map(operator.is_, of, self._last_of)):
+                self._last = self._arguments(ids, None, inverse, slots, k, v, plan, self._untapped, room)
+                self._last_of = of
+            block = self._last
+        _forward.run(block[:_OUT] + struct.pack("=q", address(out)) + block[_OUT + 8 :])
+        return out
+
+    def _arguments(
+        self,
+        ids: Tensor,
+        soft: Tensor | None,
+        inverse: Tensor,
+        slots: Tensor,
+        k: Tensor,
+        v: Tensor,
+        plan: Plan,
+        tapped: ctypes.Array[ctypes.c_char],
+        room: list[Tensor],
+    ) -> bytes:
+        """A `Forward` of csrc, without the result's place."""
         rows, s = ids.shape[0], self._sizes
         q_heads, kv_heads, dim = s.q_heads, s.kv_heads, s.head_dim
         panels = k.dim() == 6
@@ -164,12 +199,7 @@ class Forward:
             check_pages(k[0], v[0], None, None)
         kind, page_kind = dtype_of(self._norm), dtype_of(k)
         work = plan.work(tile_rows(self._dtype, k.dtype, q_heads // kv_heads, dim, ids.device))
-        hidden, qkv, q, attended, gated = self._working(rows)
-        out = torch.empty(rows, self._width, dtype=self._dtype)
-        tapped = ctypes.create_string_buffer(
-            struct.pack(f"={self._count + 1}q", *(address(taps.get(layer)) for layer in range(self._count + 1)))
-        )
-        soft = None if soft is None else dense(soft)
+        hidden, angles, qkv, q, attended, gated = room
         soft_row, soft_kind = (0, kind) if soft is None else (soft.stride(0), dtype_of(soft))
         packed = self._table is None
         table = self._table if self._table is not None else hidden
@@ -184,12 +214,12 @@ class Forward:
                 )
         else:
             layouts, page_size = (*page_layout(k[0]), *page_layout(v[0])), k.shape[2]
-        _forward(
+        return _forward.pack(
             ctypes.addressof(self._layers),
             self._count,
             address(self._norm),
             ctypes.addressof(tapped),
-            *map(address, (hidden, out, qkv, q, attended, gated)),
+            *map(address, (hidden, None, qkv, q, attended, gated, inverse, angles)),
             *(rows, self._width, self._intermediate, kind, k.stride(0) * k.element_size(), s.norm_eps),
             # EmbedRows
             *(address(ids), 0 if packed else address(table), address(soft), address(hidden)),
@@ -198,9 +228,9 @@ class Forward:
             *self.head.block,
             *(address(ids), address(soft), address(hidden), rows, soft_row, soft_kind, dtype_of(hidden)),
             # RopeAndStore
-            *(address(qkv), k_at, v_at, address(cos), address(sin), address(slots), address(q)),
+            *(address(qkv), k_at, v_at, 0, 0, address(slots), address(q)),
             *(address(k), address(v), 0, 0),
-            *(rows, q_heads, kv_heads, dim, page_size, qkv_row, dim, qkv_row, dim, qkv_row, dim, cos.stride(0)),
+            *(rows, q_heads, kv_heads, dim, page_size, qkv_row, dim, qkv_row, dim, qkv_row, dim, 0),
             *(*layouts, kind, page_kind, panels),
             # Attention
             *map(address, (q, k, v, None, None, attended, None, plan.position, plan.page_ptr, plan.pages)),
@@ -208,14 +238,19 @@ class Forward:
             *(q_heads, kv_heads, dim, page_size, work.tile_rows, work.slots, q_heads * dim, dim),
             *(*layouts, kind, page_kind, panels, 0, dim**-0.5, 0.0),
         )
-        return out
+
+    def _places(self, taps: Mapping[int, Tensor]) -> ctypes.Array[ctypes.c_char]:
+        """Where the hidden states before each layer, and the last ones, go."""
+        layers = range(self._count + 1)
+        return ctypes.create_string_buffer(struct.pack(f"={len(layers)}q", *(address(taps.get(n)) for n in layers)))
 
     def _working(self, rows: int) -> list[Tensor]:
-        """Room for the hidden states, float32, and for qkv, q, the attended rows and the gated ones, of the most rows so far."""
+        """Room for hidden states and angles, float32, and for qkv, q, the attended rows and the gated ones, of the most rows so far."""
         if self._room[0] < rows:
             s = self._sizes
             heads = s.q_heads * s.head_dim
             widths = heads + 2 * s.kv_heads * s.head_dim, heads, heads, self._intermediate
             room = [torch.empty(rows, width, dtype=self._dtype) for width in widths]
-            self._room = rows, [torch.empty(rows, self._width, dtype=torch.float32), *room]
+            single = [torch.empty(rows, width, dtype=torch.float32) for width in (self._width, s.head_dim)]
+            self._room = rows, [*single, *room]
         return self._room[1]

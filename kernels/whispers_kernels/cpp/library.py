@@ -9,7 +9,6 @@ import ctypes
 import importlib.util
 import os
 import struct
-from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -86,17 +85,28 @@ def set_num_threads(threads: int) -> None:
 set_num_threads(torch.get_num_threads())
 
 
-@cache
-def operation(name: str, layout: str) -> Callable[..., None]:
+class Operation:
     """A function of the library, called with the numbers of its struct: in `layout`, "q" is an integer or a pointer, "d" a float."""
-    function, pack = _LIBRARY[f"whispers_{name}"], struct.Struct(f"={layout}").pack
-    function.argtypes = [ctypes.c_char_p]
 
-    def call(*numbers: float) -> None:
-        if function(pack(*numbers)) != 0:
-            raise MemoryError(f"impl='cpp': no memory for what {name} works in")
+    def __init__(self, name: str, layout: str):
+        self._name = name
+        self._function = _LIBRARY[f"whispers_{name}"]
+        self._function.argtypes = [ctypes.c_char_p]
+        self.pack = struct.Struct(f"={layout}").pack
 
-    return call
+    def __call__(self, *numbers: float) -> None:
+        self.run(self.pack(*numbers))
+
+    def run(self, block: bytes) -> None:
+        """With a struct that is packed already. Raises MemoryError."""
+        if self._function(block) != 0:
+            raise MemoryError(f"impl='cpp': no memory for what {self._name} works in")
+
+
+@cache
+def operation(name: str, layout: str) -> Operation:
+    """The function of that name."""
+    return Operation(name, layout)
 
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}

@@ -93,10 +93,14 @@ class PackedLinear:
                 found = f"{list(residual.shape)} {residual.dtype} on {residual.device}"
                 raise ValueError(f"residual: {found}; accepted: {list(out.shape)} {out.dtype} on the CPU")
             residual = dense(residual)
+        _linear(*self.product(x, residual, out))
+        return out
+
+    def product(self, x: Tensor, residual: Tensor | None, out: Tensor) -> tuple[int, ...]:
+        """The numbers of csrc's `Linear`, for x and a residual that are dense, and a contiguous result."""
         residual_row = 0 if residual is None else residual.stride(0)
         sizes = x.shape[0], x.stride(0), residual_row, self.columns, dtype_of(x), dtype_of(out)
-        _linear(*self.block, address(x), address(residual), address(out), 0, *sizes)
-        return out
+        return (*self.block, address(x), address(residual), address(out), 0, *sizes)
 
     def rows(self, ids: Tensor, soft: Tensor | None = None, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         """W's rows, so that a tied head's matrix is the embedding table too; int8 weights as they are multiplied.

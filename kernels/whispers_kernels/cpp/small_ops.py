@@ -12,7 +12,6 @@ _rms_norm = operation("rms_norm", "11qd")
 _rope_and_store = operation("rope_and_store", "32q")
 _silu_mul = operation("silu_mul", "6q")
 _pool_logits = operation("pool_logits", "10q")
-_likeliest = operation("likeliest", "7q")
 
 
 def embed_rows(ids: Tensor, table: Tensor, soft: Tensor | None) -> Tensor:
@@ -96,16 +95,3 @@ def pool_logits(logits: Tensor, weights: Tensor, group_ptr: Tensor, rule: str) -
     pointers = address(logits), address(weights), address(group_ptr), address(out)
     _pool_logits(*pointers, rows, vocabulary, groups, logits.stride(0), kind, int(rule == "product"))
     return out
-
-
-def likeliest(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Each row's likeliest token, int64 `[R]` (of equal ones the first), and its log-probability, float32 `[R]`, of logits `[R, V]`.
-
-    The log-probability has the bits that `pool_logits` gives a pool of that row alone.
-    """
-    logits = dense(logits)
-    rows, vocabulary = logits.shape
-    tokens, logprobs = torch.empty(rows, dtype=torch.int64), torch.empty(rows, dtype=torch.float32)
-    pointers = address(logits), address(tokens), address(logprobs)
-    _likeliest(*pointers, rows, vocabulary, logits.stride(0), dtype_of(logits))
-    return tokens, logprobs
