@@ -45,9 +45,7 @@ class Branch:
     option_logprobs: list[float] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     logprob: float = 0.0
-    hidden: tuple[Tensor, int] | None = (
-        None  # a step's hidden states and the row that predicts the next token, until it is chosen
-    )
+    hidden: tuple[Tensor, int] | None = None  # of a step, and the row that predicts the next token, until it is chosen
     finish_reason: str | None = None
 
     def record(self) -> ExpertAnswer:
