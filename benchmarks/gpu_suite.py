@@ -137,6 +137,15 @@ def suite(folder: Path, budget: float) -> int:
     with ThreadPoolExecutor() as side_by_side:
         stages = list(side_by_side.map(run_check, checks))
     stop = any(map(red, checks, stages))
+
+    def write(complete: bool) -> tuple[bool, list[dict[str, Any]]]:
+        """What is known so far; whether all of it is well, and the targets."""
+        targets = verdicts(timed(stages, "kernels"), timed(stages, "throughput"))
+        ok = not stop and all(done.get("exit", 0) == 0 for done in stages)
+        write_json(path, {**about, "ok": ok, "complete": complete, "targets": targets, "stages": stages})
+        return ok, targets
+
+    ok, targets = write(complete=False)
     for index, stage in enumerate(STAGES[len(checks) :], start=len(checks)):
         left = budget - (time.monotonic() - start)
         spare = left - sum(later.seconds for later in STAGES[index:])
@@ -146,9 +155,7 @@ def suite(folder: Path, budget: float) -> int:
         else:
             print(f"{stage.name}: at most {seconds:.0f} s", file=sys.stderr, flush=True)
             stages.append(run(stage, seconds))
-        targets = verdicts(timed(stages, "kernels"), timed(stages, "throughput"))
-        ok = not stop and all(done.get("exit", 0) == 0 for done in stages)
-        write_json(path, {**about, "ok": ok, "complete": stage is STAGES[-1], "targets": targets, "stages": stages})
+        ok, targets = write(complete=stage is STAGES[-1])
     for done in stages:
         print(f"{done['stage']}: {done.get('failure') or 'exit status ' + str(done['exit'])}", file=sys.stderr)
     show(targets)

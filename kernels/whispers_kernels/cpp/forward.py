@@ -7,7 +7,7 @@ import operator
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -63,6 +63,18 @@ class Sizes:
     norm_eps: float
 
 
+class _Step(NamedTuple):
+    """What a forward is over, but for soft prompts and taps; as in `Forward.__call__`."""
+
+    ids: Tensor
+    inverse: Tensor
+    slots: Tensor
+    k: Tensor
+    v: Tensor
+    plan: Plan
+    room: list[Tensor]  # as `_working` gives it
+
+
 class Forward:
     """A decoder whose weights are packed, and its forward.
 
@@ -116,7 +128,7 @@ class Forward:
         self._untapped = self._places({})
         # The arguments of the last step of a plan that stays, and what they are of.
         self._last = b""
-        self._last_of: tuple[object, ...] = (None,) * 7
+        self._last_of: _Step | None = None
 
     @property
     def nbytes(self) -> int:
@@ -162,36 +174,23 @@ class Forward:
             plan: of R rows.
             taps: tensors `[R, hidden]` to fill, by layer: 0 before the first, ..., and the final states.
         """
-        rows = ids.shape[0]
-        out = torch.empty(rows, self._width, dtype=self._dtype)
-        room = self._working(rows)
+        out = torch.empty(ids.shape[0], self._width, dtype=self._dtype)
+        step = _Step(ids, inverse, slots, k, v, plan, self._working(ids.shape[0]))
         soft = None if soft is None else dense(soft)
         if taps or soft is not None or not isinstance(plan, FixedPlan):
-            tapped = self._places(taps) if taps else self._untapped
-            block = self._arguments(ids, soft, inverse, slots, k, v, plan, tapped, room)
+            tapped = self._places(taps)
+            block = self._arguments(step, soft, tapped)
         else:
             # The next step of the same plan differs in the result's place alone.
-            of = (ids, inverse, slots, k, v, plan, room)
-            if not all(map(operator.is_, of, self._last_of)):
-                self._last = self._arguments(ids, None, inverse, slots, k, v, plan, self._untapped, room)
-                self._last_of = of
+            if self._last_of is None or not all(map(operator.is_, step, self._last_of)):
+                self._last, self._last_of = self._arguments(step, None, self._untapped), step
             block = self._last
         _forward.run(block[:_OUT] + struct.pack("=q", address(out)) + block[_OUT + 8 :])
         return out
 
-    def _arguments(
-        self,
-        ids: Tensor,
-        soft: Tensor | None,
-        inverse: Tensor,
-        slots: Tensor,
-        k: Tensor,
-        v: Tensor,
-        plan: Plan,
-        tapped: ctypes.Array[ctypes.c_char],
-        room: list[Tensor],
-    ) -> bytes:
+    def _arguments(self, step: _Step, soft: Tensor | None, tapped: ctypes.Array[ctypes.c_char]) -> bytes:
         """A `Forward` of csrc, without the result's place."""
+        ids, inverse, slots, k, v, plan, room = step
         rows, s = ids.shape[0], self._sizes
         q_heads, kv_heads, dim = s.q_heads, s.kv_heads, s.head_dim
         panels = k.dim() == 6
