@@ -129,13 +129,13 @@ inline void forward(const Forward& a, const Crew& crew) {
 }
 
 // The most that a phase wants: of each thread, and of all together.
-inline int64_t forward_scratch(const Forward& a) {
-  const int64_t first = a.embed.table == nullptr ? unpack_scratch(a.unpack) : 0;
-  return larger(larger(first, rope_scratch(a.rope)), attention_scratch(a.attention));
-}
+struct Scratch {
+  int64_t each, shared;
+};
 
-inline int64_t forward_shared(const Forward& a) {
-  int64_t bytes = partials_bytes(a.attention);
+inline Scratch forward_scratch(const Forward& a) {
+  const int64_t first = a.embed.table == nullptr ? unpack_scratch(a.unpack) : 0;
+  Scratch most{larger(larger(first, rope_scratch(a.rope)), attention_scratch(a.attention)), partials_bytes(a.attention)};
   for (int64_t index = 0; index < a.count; ++index) {
     const ForwardLayer& layer = a.layers[index];
     const Linear products[] = {
@@ -144,9 +144,9 @@ inline int64_t forward_shared(const Forward& a) {
         product(a, layer.gate_up, a.normed, a.width, a.gated, a.intermediate, nullptr),
         addition(a, layer.down, a.gated, a.intermediate, nullptr),
     };
-    for (const Linear& each : products) bytes = larger(bytes, rows_bytes(each));
+    for (const Linear& one : products) most = {larger(most.each, linear_scratch(one)), larger(most.shared, rows_bytes(one))};
   }
-  return bytes;
+  return most;
 }
 
 }  // namespace whispers::WHISPERS_ISA

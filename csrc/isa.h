@@ -20,6 +20,7 @@ struct Kernels {
   bool (*pool_logits)(const PoolLogits&, Team&);
   bool (*likeliest)(const Likeliest&, Team&);
   bool (*linear)(const Linear&, Team&);
+  bool (*shorten)(const Shorten&, Team&);
   bool (*unpack_rows)(const UnpackRows&, Team&);
   bool (*forward)(const Forward&, Team&);
 };

@@ -40,17 +40,19 @@ inline bool run_pool_logits(const PoolLogits& a, Team& team) {
   return on_team<PoolLogits, pool_logits>(a, team, a.rows * a.vocabulary, 0, pool_scratch(a));
 }
 inline bool run_likeliest(const Likeliest& a, Team& team) {
-  return on_team<Likeliest, likeliest>(a, team, a.rows * a.vocabulary, 0, likeliest_scratch(a));
+  return on_team<Likeliest, likeliest>(a, team, a.rows * a.vocabulary, likeliest_own(a), likeliest_scratch(a));
 }
 
 inline bool run_linear(const Linear& a, Team& team) {
-  return on_team<Linear, linear>(a, team, a.rows * a.weights.outputs * a.weights.depth, 0, rows_bytes(a));
+  return on_team<Linear, linear>(a, team, a.rows * a.weights.outputs * a.weights.depth, linear_scratch(a), rows_bytes(a));
 }
+inline bool run_shorten(const Shorten& a, Team& team) { return on_team<Shorten, shorten>(a, team, a.outputs * a.depth); }
 inline bool run_unpack_rows(const UnpackRows& a, Team& team) {
   return on_team<UnpackRows, unpack_rows>(a, team, a.rows * a.weights.depth, unpack_scratch(a));
 }
 inline bool run_forward(const Forward& a, Team& team) {
-  return on_team<Forward, forward>(a, team, 1 << 14, forward_scratch(a), forward_shared(a));
+  const Scratch most = forward_scratch(a);
+  return on_team<Forward, forward>(a, team, 1 << 14, most.each, most.shared);
 }
 
 }  // namespace whispers::WHISPERS_ISA
@@ -67,6 +69,7 @@ const Kernels WHISPERS_TABLE = {
     WHISPERS_ISA::run_pool_logits,
     WHISPERS_ISA::run_likeliest,
     WHISPERS_ISA::run_linear,
+    WHISPERS_ISA::run_shorten,
     WHISPERS_ISA::run_unpack_rows,
     WHISPERS_ISA::run_forward,
 };

@@ -55,6 +55,8 @@ inline void likeliest_phases(const Likeliest& a, const Crew& crew) {
   }
 }
 
+inline int64_t likeliest_own(const Likeliest& a) { return a.head.weights.outputs == 0 ? 0 : linear_scratch(a.head); }  // bytes, of each thread
+
 inline void likeliest(const Likeliest& a, const Crew& crew) {
   if (a.head.weights.outputs != 0) {
     linear(a.head, crew);

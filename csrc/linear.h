@@ -5,6 +5,7 @@
 #pragma once
 
 #include "linear_rows.h"
+#include "linear_short.h"
 #include "linear_tile.h"
 #include "silu_mul.h"
 
@@ -13,8 +14,7 @@ namespace whispers::WHISPERS_ISA {
 constexpr int64_t kMostRows = 8;  // of a tile, in any kind of words
 constexpr int64_t kFirstLines = 64;  // of a stream, fetched before it begins
 
-inline int64_t blocks_of(const Packed& p) { return ceil_div(p.outputs, kOutputs); }
-inline int64_t panels_of(const Packed& p) { return ceil_div(blocks_of(p), kPanelBlocks); }
+inline int64_t panels_of(const Packed& p) { return ceil_div(p.outputs, kPanelOutputs); }
 inline int64_t columns_of(const Packed& p) { return p.gated ? p.outputs / 2 : p.outputs; }
 
 // Weights' scale, bias: what is left to do with a row's sums of the outputs from `first` on.
@@ -62,29 +62,48 @@ inline void finish_tile(const Linear& a, float* sums, int64_t row, int64_t rows,
   for (int64_t r = 0; r < rows; ++r) store_sums<T>(a, sums + r * kPanelOutputs, row + r, column, count);
 }
 
-// Panels [begin, end) of all rows. `next`: what this thread reads after them, or null.
+// Whether short weights are made pairs first, panel by panel: that costs as much as 4 tiles lose by reading them as they are (5 % of each on Zen 4).
+inline bool unpacks(const Linear& a) { return a.weights.kind == kShortWeights && a.rows > 4 * ShortWords::kRows; }
+
+// Bytes of each thread's scratch.
+inline int64_t linear_scratch(const Linear& a) { return unpacks(a) ? kPanelOutputs * steps_of<ShortWords>(a.weights) * 4 : 0; }
+
+// Panels [begin, end) of all rows. `next`: what this thread reads after them, or null. `pairs`: this thread's scratch.
 template <class Words, class T>
-inline void linear_panels(const Linear& a, const LinearRows& x, int64_t begin, int64_t end, const float* next) {
-  const int64_t steps = steps_of<Words>(a.weights), tiles = ceil_div(a.rows, Words::kRows), chunks = ceil_div(steps, kFetchSteps);
+inline void linear_panels(const Linear& a, const LinearRows& x, int64_t begin, int64_t end, const float* next, float* pairs) {
+  constexpr bool is_short = Words::kGroup > 1;
+  const int64_t steps = steps_of<Words>(a.weights), stored = stored_of<Words>(a.weights);
+  const int64_t tiles = ceil_div(a.rows, Words::kRows), chunks = ceil_div(steps, kFetchSteps);
   const int64_t each = a.rows / tiles, more = a.rows % tiles;  // rows of a tile: as equal as can be
   alignas(64) float sums[kMostRows * kPanelOutputs];
-  for (int64_t panel = begin; panel < end; ++panel) {
-    const float* w = a.weights.words + panel * kPanelOutputs * steps;
-    const int64_t first = panel * kPanelOutputs, blocks = smaller(kPanelBlocks, blocks_of(a.weights) - panel * kPanelBlocks);
-    const float* after = panel + 1 < end ? w + kPanelOutputs * steps : next;
+  for (int64_t number = begin; number < end; ++number) {
+    Panel panel{a.weights.words + number * kPanelOutputs * stored, width_of(a.weights.outputs, number), a.weights.highs};
+    const float* after = number + 1 < end ? panel.words + kPanelOutputs * stored : next;
     // Rows of one tile read panels as a stream, which a processor fetches by itself, and faster than it is told to (on Zen 4, 30 layers:
     // 8.3 -> 5.9 ms for 8 rows, 6.3 -> 5.6 for one). It only can't know where the next stream begins. Of several tiles the first one waits
-    // for memory and the others don't: the next panel's lines, in equal parts over all of them (12 rows: 8.0 -> 6.3 ms).
-    const int64_t panel_lines = ceil_div(steps * kPanelOutputs * 4, kLine);
-    const int64_t lines = tiles > 1 ? panel_lines : panel + 1 == end ? smaller(panel_lines, kFirstLines) : 0;
+    // for memory and the others don't: the next panel's lines, in equal parts over all of them (12 rows: 8.0 -> 6.3 ms). Short weights' lines
+    // are not read in the order of memory, which the processor does not follow: with one tile, too (8 rows: 6.5 -> 5.2 ms).
+    const int64_t panel_lines = ceil_div(stored * kPanelOutputs * 4, kLine);
+    const int64_t lines = tiles > 1 || is_short ? panel_lines : number + 1 == end ? smaller(panel_lines, kFirstLines) : 0;
     const int64_t a_chunk = ceil_div(lines, tiles * chunks);
+    const bool unpacked = is_short && unpacks(a);
+    if (unpacked) {
+      unpack_panel(a.weights, panel.words, panel.width, pairs);
+      panel.words = pairs;
+    }
     int64_t row = 0;
     for (int64_t tile = 0; tile < tiles; ++tile) {
       const int64_t rows = each + (tile < more ? 1 : 0), fetched = tile * chunks * a_chunk;
       const bool fetch = after != nullptr && fetched < lines;
       const Ahead ahead{reinterpret_cast<const char*>(after) + fetched * kLine, fetch ? a_chunk : 0};
-      panel_of_rows<Words>(rows, blocks, w, x.words + row * x.row, x.row, steps, sums, ahead);
-      finish_tile<T>(a, sums, row, rows, first, blocks * kOutputs);
+      const float* of_x = x.words + row * x.row;
+      if (unpacked) {
+        panel_of_rows<PairWords>(rows, panel, of_x, x.row, steps, sums, ahead);
+      } else {
+        panel_of_rows<Words>(rows, panel, of_x, x.row, steps, sums, ahead);
+      }
+      if (is_short) add_rare(a.weights, number, of_x, x.row, rows, sums);
+      finish_tile<T>(a, sums, row, rows, number * kPanelOutputs, panel.width);
       row += rows;
     }
   }
@@ -92,7 +111,7 @@ inline void linear_panels(const Linear& a, const LinearRows& x, int64_t begin, i
 
 inline int64_t words_of_panel(const Packed& p) {
   int64_t words = 0;
-  with_words(p.kind, [&](auto kind) { words = kPanelOutputs * steps_of<decltype(kind)>(p); });
+  with_words(p.kind, [&](auto kind) { words = kPanelOutputs * stored_of<decltype(kind)>(p); });
   return words;
 }
 
@@ -102,7 +121,7 @@ inline void linear_share(const Linear& a, const LinearRows& x, const Crew& crew)
   const float* next = a.next == nullptr ? nullptr : a.next->words + share_of(panels_of(*a.next), crew).begin * words_of_panel(*a.next);
   with_words(a.weights.kind, [&](auto kind) {
     with_dtype(a.out_dtype, [&](auto out_kind) {
-      linear_panels<decltype(kind), decltype(out_kind)>(a, x, share.begin, share.end, next);
+      linear_panels<decltype(kind), decltype(out_kind)>(a, x, share.begin, share.end, next, static_cast<float*>(crew.own()));
     });
   });
 }

@@ -5,6 +5,12 @@
 // bytes, widened, then meet two neighbours of x, and the odd ones the next two. Outputs come in panels of 48, the last one narrower (a
 // multiple of 16): panel p holds words [steps, 48], so that a thread reads its panels as one stream, and one load meets one word of x.
 // In a gated matrix every 16 outputs are 8 gates and the 8 ups of the same index.
+//
+// Short weights are bf16 in 12 bits, exactly. The high bytes of a matrix (sign, 7 bits of the exponent) are nearly all among the 16
+// commonest: each is a code of 4 bits, the low byte stays, and the few weights without a code are 0 there and in a list beside it. Four
+// steps of a panel lie together as [3, 48] words: codes, low bytes of the first two steps, of the other two. Byte i of 16 outputs' 64 is
+// output i / 16 * 4 + i % 8 / 2, step i / 8 % 2, number i % 2; a code is the low half of that byte for the first two steps. So two unpackings
+// of low and high bytes give two steps' words. A last group's steps behind the end are zeros.
 #pragma once
 
 #include <cstdint>
@@ -15,12 +21,22 @@ constexpr int64_t kOutputs = 16;                      // outputs come in multipl
 constexpr int64_t kPanelBlocks = 3;                   // 8 rows x 3 vectors: 24 accumulators, 3 weights, 1 of x, of AVX-512's 32 registers
 constexpr int64_t kPanelOutputs = kPanelBlocks * kOutputs;
 
-enum WeightKind : int64_t { kFloatWeights = 0, kBf16Weights = 1, kInt8Weights = 2 };
+enum WeightKind : int64_t { kFloatWeights = 0, kBf16Weights = 1, kInt8Weights = 2, kShortWeights = 3 };
+
+// A short weight that has no code.
+struct Rare {
+  int32_t output;  // in its panel
+  int32_t number;  // in depth
+  float value;
+};
 
 struct Packed {
   const float* words;  // the panels, one after the other
   const float* scale;  // [blocks * 16] of int8 weights: weight = number * scale
   const float* bias;   // [blocks * 16], or null
+  const uint8_t* highs;       // [16] of short weights: the high bytes that their codes stand for, 0 first
+  const Rare* rare;           // of short weights, panel by panel
+  const int32_t* rare_begin;  // [panels + 1] in `rare`
   int64_t outputs;     // of the matrix before padding; of a gated one, gates and ups together
   int64_t depth;
   int64_t kind;
@@ -42,6 +58,15 @@ struct Likeliest {
   int64_t* tokens;     // [rows]
   float* logprobs;     // [rows]
   int64_t rows, vocabulary, row_stride, dtype;
+};
+
+struct Shorten {
+  const uint32_t* words;  // the panels of bf16 weights
+  const uint8_t* codes;   // [256] of the high bytes; 16: none
+  uint8_t* out;           // the panels of short ones
+  Rare* rare;             // [panels, room]
+  int32_t* count;         // [panels] of those without a code; where it is more than `room`, the rest of them is lost
+  int64_t outputs, depth, room;
 };
 
 struct UnpackRows {

@@ -23,6 +23,11 @@ inline Vec high_half(Vec x) { return as_vec(_mm512_and_si512(as_bits(x), splat_b
 inline Vec even_bytes(Vec x) { return as_vec(_mm512_srai_epi16(_mm512_slli_epi16(as_bits(x), 8), 8)); }
 inline Vec odd_bytes(Vec x) { return as_vec(_mm512_srai_epi16(as_bits(x), 8)); }
 inline Vec floats_of(Bits integers) { return _mm512_cvtepi32_ps(integers); }
+inline Bits repeat_bytes(const uint8_t* p) { return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+inline Bits shift_nibbles(Bits x) { return _mm512_srli_epi16(x, 4); }
+inline Bits look_up(Bits table, Bits codes) { return _mm512_shuffle_epi8(table, _mm512_and_si512(codes, splat_bits(0x0f0f0f0f))); }
+inline Bits low_bytes(Bits a, Bits b) { return _mm512_unpacklo_epi8(a, b); }  // in turn, of each 128 bits
+inline Bits high_bytes(Bits a, Bits b) { return _mm512_unpackhi_epi8(a, b); }
 #if WHISPERS_LEVEL >= 2
 inline Bits add_pairs(Vec a, Vec b, Bits sum) { return _mm512_dpwssd_epi32(sum, as_bits(a), as_bits(b)); }
 #else
@@ -38,9 +43,25 @@ inline Vec even_bytes(Vec x) { return as_vec(_mm256_srai_epi16(_mm256_slli_epi16
 inline Vec odd_bytes(Vec x) { return as_vec(_mm256_srai_epi16(as_bits(x), 8)); }
 inline Bits add_pairs(Vec a, Vec b, Bits sum) { return _mm256_add_epi32(sum, _mm256_madd_epi16(as_bits(a), as_bits(b))); }
 inline Vec floats_of(Bits integers) { return _mm256_cvtepi32_ps(integers); }
+inline Bits repeat_bytes(const uint8_t* p) { return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+inline Bits shift_nibbles(Bits x) { return _mm256_srli_epi16(x, 4); }
+inline Bits look_up(Bits table, Bits codes) { return _mm256_shuffle_epi8(table, _mm256_and_si256(codes, splat_bits(0x0f0f0f0f))); }
+inline Bits low_bytes(Bits a, Bits b) { return _mm256_unpacklo_epi8(a, b); }
+inline Bits high_bytes(Bits a, Bits b) { return _mm256_unpackhi_epi8(a, b); }
 #endif
 
 constexpr int64_t kWhole = int64_t{1} << 62;
+
+// Words that lie as they are multiplied, one step after the other.
+struct AsStored {
+  static constexpr int kGroup = 1;       // steps that lie together,
+  static constexpr int kGroupWords = 1;  // in so many words an output,
+  static constexpr int kTogether = 1;    // read so many at a time
+  struct Key {
+    explicit Key(const uint8_t*) {}
+  };
+  static void read(const Key&, const float* w, int64_t, int, Vec* words) { words[0] = load(w); }
+};
 
 // Sums of a span that are what they are.
 struct PlainSpans {
@@ -50,7 +71,7 @@ struct PlainSpans {
   static Vec end(Vec sum, const float*) { return sum; }
 };
 
-struct FloatWords : PlainSpans {
+struct FloatWords : PlainSpans, AsStored {
   static constexpr int kNumbers = 1, kLeft = 1, kRows = kOneWordRows;
   static constexpr int64_t kSpan = 64;  // in one go, 1001 float32 lost 4 times what torch loses; so, less than torch
   using Wide = Vec;
@@ -60,27 +81,48 @@ struct FloatWords : PlainSpans {
 };
 
 #if WHISPERS_LEVEL >= 2
-struct PairWords : PlainSpans {
+struct PairWords : PlainSpans, AsStored {
   static constexpr int kNumbers = 2, kLeft = 1, kRows = kOneWordRows;
   static constexpr int64_t kSpan = kWhole;
   using Wide = Vec;
   static Wide weight(Vec words) { return words; }
   static Wide left(const float* x) { return splat(*x); }
+  static float number(const float* x, int64_t i) {  // of a row
+    const uint32_t bits = static_cast<uint32_t>(reinterpret_cast<const Bf16*>(x)[i].bits) << 16;
+    return __builtin_bit_cast(float, bits);
+  }
   static Vec multiply(Wide x, Wide w, Vec sum) { return _mm512_dpbf16_ps(sum, (__m512bh)as_bits(x), (__m512bh)as_bits(w)); }
 };
 #else
-struct PairWords : PlainSpans {  // x as two floats
+struct PairWords : PlainSpans, AsStored {  // x as two floats
   static constexpr int kNumbers = 2, kLeft = 2, kRows = kTwoWordRows;
   static constexpr int64_t kSpan = kWhole;
   using Wide = Two;
   static Wide weight(Vec words) { return {shift_left(words), high_half(words)}; }
   static Wide left(const float* x) { return {splat(x[0]), splat(x[1])}; }
+  static float number(const float* x, int64_t i) { return x[i]; }
   static Vec multiply(const Wide& x, const Wide& w, Vec sum) { return fma(x.b, w.b, fma(x.a, w.a, sum)); }
 };
 #endif
 
+// Pairs in 24 bits: see linear_args.h. Two steps of W outputs are six instructions, which on Zen 4 run beside the products.
+struct ShortWords : PairWords {
+  static constexpr int kGroup = 4, kGroupWords = 3, kTogether = 2;
+  struct Key {
+    explicit Key(const uint8_t* highs) : highs(repeat_bytes(highs)) {}
+    Bits highs;
+  };
+  // The first (0) or second (1) half of the group at `w`.
+  static void read(const Key& key, const float* w, int64_t width, int half, Vec* words) {
+    const Bits codes = as_bits(load(w)), low = as_bits(load(w + (1 + half) * width));
+    const Bits high = look_up(key.highs, half == 0 ? codes : shift_nibbles(codes));
+    words[0] = as_vec(low_bytes(low, high));
+    words[1] = as_vec(high_bytes(low, high));
+  }
+};
+
 // x as int16: as int8 it would lose more than the weights do. A row has a word for each span behind its numbers, the scale of them.
-struct QuadWords {
+struct QuadWords : AsStored {
   static constexpr int kNumbers = 4, kLeft = 2, kRows = kTwoWordRows, kMarks = 1;
   static constexpr int64_t kSpan = 64;  // 256 numbers: their products' sum is below 256 * 127 * 32767 < 2^31
   using Wide = Two;
@@ -99,6 +141,8 @@ inline void with_words(int64_t kind, F&& f) {
     f(FloatWords{});
   } else if (kind == kBf16Weights) {
     f(PairWords{});
+  } else if (kind == kShortWeights) {
+    f(ShortWords{});
   } else {
     f(QuadWords{});
   }
@@ -106,7 +150,13 @@ inline void with_words(int64_t kind, F&& f) {
 
 template <class Words>
 inline int64_t steps_of(const Packed& p) {
-  return ceil_div(p.depth, Words::kNumbers);
+  return ceil_div(p.depth, Words::kNumbers * Words::kGroup) * Words::kGroup;
+}
+
+// Words that an output takes.
+template <class Words>
+inline int64_t stored_of(const Packed& p) {
+  return steps_of<Words>(p) / Words::kGroup * Words::kGroupWords;
 }
 
 }  // namespace whispers::WHISPERS_ISA

@@ -17,10 +17,13 @@ inline int64_t row_words(const Packed& p) {
   return steps * Words::kLeft + (Words::kMarks == 0 ? 0 : ceil_div(steps, Words::kSpan) * Words::kMarks);
 }
 
-// Whether the weights meet x as it lies: floats for floats; pairs of bf16 for an even depth.
+// Whether the weights meet x as it lies: floats for floats; pairs of bf16 for a depth of whole words, or groups of them.
 inline bool reads_in_place(const Linear& a) {
-  if (a.weights.kind == kFloatWeights) return a.x_dtype == kF32;
-  return WHISPERS_LEVEL >= 2 && a.weights.kind == kBf16Weights && a.x_dtype == kBf16 && a.weights.depth % 2 == 0 && a.x_row % 2 == 0;
+  const int64_t kind = a.weights.kind;
+  if (kind == kFloatWeights) return a.x_dtype == kF32;
+  const bool pairs = kind == kBf16Weights || kind == kShortWeights;
+  const int64_t whole = kind == kShortWeights ? ShortWords::kGroup * ShortWords::kNumbers : PairWords::kNumbers;
+  return WHISPERS_LEVEL >= 2 && pairs && a.x_dtype == kBf16 && a.weights.depth % whole == 0 && a.x_row % 2 == 0;
 }
 
 // Bytes of the room that `prepare_rows` writes.
@@ -31,22 +34,23 @@ inline int64_t rows_bytes(const Linear& a) {
   return a.rows * words * 4;
 }
 
+// Each: `depth` numbers of a row, zeros behind them up to `padded`.
 template <class T>
-inline void prepare_row(FloatWords, const T* x, int64_t depth, float* words) {
+inline void prepare_row(FloatWords, const T* x, int64_t depth, int64_t, float* words) {
   int64_t at = 0;
   for (; at + W <= depth; at += W) store(words + at, load(x + at));
   if (at < depth) store(words + at, load(x + at, depth - at), depth - at);
 }
 
 template <class T>
-inline void prepare_row(PairWords, const T* x, int64_t depth, float* words) {
+inline void prepare_row(PairWords, const T* x, int64_t depth, int64_t padded, float* words) {
 #if WHISPERS_LEVEL >= 2
   Bf16* out = reinterpret_cast<Bf16*>(words);
   for (int64_t at = 0; at < depth; at += W) store(out + at, load(x + at, depth - at), depth - at);
-  if (depth % 2 != 0) out[depth].bits = 0;
+  for (int64_t at = depth; at < padded; ++at) out[at].bits = 0;
 #else
   for (int64_t at = 0; at < depth; at += W) store(words + at, widen(narrow(load(x + at, depth - at), Bf16{}), Bf16{}), depth - at);
-  if (depth % 2 != 0) words[depth] = 0;
+  for (int64_t at = depth; at < padded; ++at) words[at] = 0;
 #endif
 }
 
@@ -62,9 +66,8 @@ inline void store_whole(int16_t* to, Vec numbers, int64_t count) {
 
 // x = number * scale, with a span's largest magnitude at 32767. One with an infinity or a NaN gets the scale NaN.
 template <class T>
-inline void prepare_row(QuadWords, const T* x, int64_t depth, float* words) {
+inline void prepare_row(QuadWords, const T* x, int64_t depth, int64_t padded, float* words) {
   constexpr int64_t kGroup = QuadWords::kSpan * QuadWords::kNumbers;
-  const int64_t padded = ceil_div(depth, QuadWords::kNumbers) * QuadWords::kNumbers;
   float* marks = words + padded / QuadWords::kNumbers * QuadWords::kLeft;
   for (int64_t begin = 0; begin < depth; begin += kGroup, marks += QuadWords::kMarks) {
     const int64_t end = smaller(begin + kGroup, padded);
@@ -90,9 +93,9 @@ inline void prepare_rows(const Linear& a, void* room, int64_t begin, int64_t end
     with_dtype(a.x_dtype, [&](auto x_kind) {
       using T = decltype(x_kind);
       float* words = static_cast<float*>(room);
-      const int64_t row = row_words<decltype(kind)>(a.weights);
+      const int64_t row = row_words<decltype(kind)>(a.weights), padded = steps_of<decltype(kind)>(a.weights) * kind.kNumbers;
       for (int64_t r = begin; r < end; ++r) {
-        prepare_row(kind, static_cast<const T*>(a.x) + r * a.x_row, a.weights.depth, words + r * row);
+        prepare_row(kind, static_cast<const T*>(a.x) + r * a.x_row, a.weights.depth, padded, words + r * row);
       }
     });
   });

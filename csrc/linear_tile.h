@@ -13,10 +13,20 @@ struct Ahead {
 };
 constexpr int64_t kFetchSteps = 8;
 
+// Weights that a tile reads: a panel of `width` outputs, or from some block of it on. `highs`: of short weights.
+struct Panel {
+  const float* words;
+  int64_t width;
+  const uint8_t* highs;
+};
+
 // sums [kTileRows, kPanelOutputs]: rows of x times kVecs vectors of outputs. Each is summed over the depth in order, one number (pair, quad)
 // after the other in spans, whatever the shape of the tile: a row's bits do not depend on its neighbours.
 template <class Words, int kTileRows, int kVecs>
-__attribute__((noinline)) void linear_tile(const float* w, int64_t w_step, const float* x, int64_t x_row, int64_t steps, float* sums, Ahead ahead) {
+__attribute__((noinline)) void linear_tile(const Panel& panel, const float* x, int64_t x_row, int64_t steps, float* sums, Ahead ahead) {
+  const typename Words::Key key(panel.highs);
+  const float* w = panel.words;
+  const int64_t width = panel.width;
   const float* marks = x + steps * Words::kLeft;
   for (int64_t begin = 0; begin < steps; begin += Words::kSpan, marks += Words::kMarks) {
     const int64_t end = smaller(steps, begin + Words::kSpan);
@@ -29,15 +39,24 @@ __attribute__((noinline)) void linear_tile(const float* w, int64_t w_step, const
     for (int64_t step = begin; step < end;) {
       const int64_t stop = smaller(step + kFetchSteps, end);
       for (int64_t i = 0; i < ahead.lines; ++i, ahead.at += kLine) __builtin_prefetch(ahead.at, 0, 2);
-      for (; step < stop; ++step, w += w_step, x += Words::kLeft) {
-        typename Words::Wide right[kVecs];
+      for (; step < stop; step += Words::kGroup, w += Words::kGroupWords * width) {
+#pragma GCC unroll 2
+        for (int part = 0; part < Words::kGroup / Words::kTogether; ++part) {
+          Vec words[kVecs][Words::kTogether];
 #pragma GCC unroll 4
-        for (int j = 0; j < kVecs; ++j) right[j] = Words::weight(load(w + j * W));
+          for (int j = 0; j < kVecs; ++j) Words::read(key, w + j * W, width, part, words[j]);
+#pragma GCC unroll 2
+          for (int s = 0; s < Words::kTogether; ++s, x += Words::kLeft) {
+            typename Words::Wide right[kVecs];
+#pragma GCC unroll 4
+            for (int j = 0; j < kVecs; ++j) right[j] = Words::weight(words[j][s]);
 #pragma GCC unroll 8
-        for (int i = 0; i < kTileRows; ++i) {
-          const typename Words::Wide left = Words::left(x + i * x_row);
+            for (int i = 0; i < kTileRows; ++i) {
+              const typename Words::Wide left = Words::left(x + i * x_row);
 #pragma GCC unroll 4
-          for (int j = 0; j < kVecs; ++j) total[i][j] = Words::multiply(left, right[j], total[i][j]);
+              for (int j = 0; j < kVecs; ++j) total[i][j] = Words::multiply(left, right[j], total[i][j]);
+            }
+          }
         }
       }
     }
@@ -55,24 +74,23 @@ __attribute__((noinline)) void linear_tile(const float* w, int64_t w_step, const
 }
 
 template <class Words, int kVecs, int kMost = Words::kRows>
-inline void tile_of_rows(int64_t rows, const float* w, int64_t w_step, const float* x, int64_t x_row, int64_t steps, float* sums, Ahead ahead) {
+inline void tile_of_rows(int64_t rows, const Panel& panel, const float* x, int64_t x_row, int64_t steps, float* sums, Ahead ahead) {
   if constexpr (kMost > 1) {
-    if (rows < kMost) return tile_of_rows<Words, kVecs, kMost - 1>(rows, w, w_step, x, x_row, steps, sums, ahead);
+    if (rows < kMost) return tile_of_rows<Words, kVecs, kMost - 1>(rows, panel, x, x_row, steps, sums, ahead);
   }
-  linear_tile<Words, kMost, kVecs>(w, w_step, x, x_row, steps, sums, ahead);
+  linear_tile<Words, kMost, kVecs>(panel, x, x_row, steps, sums, ahead);
 }
 
-// All `blocks` blocks of a panel, at most Words::kRows rows.
+// A whole panel, at most Words::kRows rows.
 template <class Words>
-inline void panel_of_rows(int64_t rows, int64_t blocks, const float* w, const float* x, int64_t x_row, int64_t steps, float* sums, Ahead ahead) {
-  const int64_t w_step = blocks * kOutputs;
+inline void panel_of_rows(int64_t rows, const Panel& panel, const float* x, int64_t x_row, int64_t steps, float* sums, Ahead ahead) {
 #if WHISPERS_LEVEL >= 1
-  if (blocks == 3) return tile_of_rows<Words, 3>(rows, w, w_step, x, x_row, steps, sums, ahead);
-  if (blocks == 2) return tile_of_rows<Words, 2>(rows, w, w_step, x, x_row, steps, sums, ahead);
-  tile_of_rows<Words, 1>(rows, w, w_step, x, x_row, steps, sums, ahead);
+  if (panel.width == 3 * kOutputs) return tile_of_rows<Words, 3>(rows, panel, x, x_row, steps, sums, ahead);
+  if (panel.width == 2 * kOutputs) return tile_of_rows<Words, 2>(rows, panel, x, x_row, steps, sums, ahead);
+  tile_of_rows<Words, 1>(rows, panel, x, x_row, steps, sums, ahead);
 #else
-  for (int64_t block = 0; block < blocks; ++block) {
-    tile_of_rows<Words, 2>(rows, w + block * kOutputs, w_step, x, x_row, steps, sums + block * kOutputs, ahead);
+  for (int64_t at = 0; at < panel.width; at += kOutputs) {
+    tile_of_rows<Words, 2>(rows, {panel.words + at, panel.width, panel.highs}, x, x_row, steps, sums + at, ahead);
     ahead.lines = 0;
   }
 #endif

@@ -1,17 +1,17 @@
 // Rows of an embedding table that is kept packed, for the head that it is tied to, and of soft prompts behind it.
 #pragma once
 
-#include "linear_math.h"
-#include "share.h"
+#include "linear_short.h"
 
 namespace whispers::WHISPERS_ISA {
 
 // Row `id` of the matrix, as floats.
 inline void unpack_row(const Packed& p, int64_t id, float* row) {
+  if (p.kind == kShortWeights) return unpack_short_row(p, id, row);
   with_words(p.kind, [&](auto kind) {
     using Words = decltype(kind);
     const int64_t steps = steps_of<Words>(p), panel = id / kPanelOutputs;
-    const int64_t width = smaller(kPanelOutputs, ceil_div(p.outputs, kOutputs) * kOutputs - panel * kPanelOutputs);
+    const int64_t width = width_of(p.outputs, panel);
     const float* words = p.words + panel * kPanelOutputs * steps + id % kPanelOutputs;
     for (int64_t step = 0; step < steps; ++step) {
       uint32_t word;

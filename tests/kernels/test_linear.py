@@ -123,12 +123,41 @@ def test_views_and_memory() -> None:
     weight, x = normal(64, 40, dtype=torch.bfloat16), normal(5, 40, dtype=torch.bfloat16, seed=1)
     memory = Memory()
     one, other = PackedLinear(weight, memory=memory), PackedLinear(weight.flip(0), memory=memory)
-    assert one.nbytes == weight.nbytes
     strided = torch.empty(5, 80, dtype=torch.bfloat16)[:, ::2].copy_(x)
     wide = torch.empty(5, 83, dtype=torch.bfloat16)[:, 1:41].copy_(x)  # an odd stride: rows that begin within a word
     assert torch.equal(one(strided), one(x)) and torch.equal(one(wide), one(x))
     assert torch.equal(other(x), one(x).flip(1))
     assert one(x[:0]).shape == (0, 64)
+
+
+def powers(*shape: int) -> Tensor:
+    """Powers of 2 from 2^-30 to 2^29, bfloat16."""
+    exponents = torch.randint(-30, 30, shape, generator=torch.Generator().manual_seed(4))
+    return torch.pow(2.0, exponents).bfloat16()
+
+
+def test_bfloat16_in_12_bits_loses_none() -> None:
+    weight = normal(112, 576, dtype=torch.bfloat16)
+    for at, value in enumerate((0.0, -0.0, 1e-9, -1e-30, 1e-40, 3e38, math.inf, -math.inf)):
+        weight[7 * at, 31 * at] = value
+    packed = PackedLinear(weight)
+    assert packed.nbytes < 0.77 * weight.nbytes
+    assert torch.equal(packed.rows(torch.arange(112)).view(torch.int16), weight.view(torch.int16))
+    # Those without a code are added behind all others, one row or a prefill's: as good as the others, whatever they are next to.
+    finite = weight.where(weight.abs() < 2.0**30, 1)
+    finite[50:52] *= powers(2, 576)
+    packed, x = PackedLinear(finite), normal(40, 576, dtype=torch.bfloat16, seed=1)
+    exact, size = products(x, finite, None)
+    for rows in (1, 8, 40):
+        assert_as_good(packed(x[:rows]), exact[:rows], F.linear(x[:rows], finite), size[:rows])
+
+
+def test_weights_of_every_magnitude_keep_16_bits() -> None:
+    weight = normal(96, 64, dtype=torch.bfloat16) * powers(96, 64)
+    packed, x = PackedLinear(weight), normal(3, 64, dtype=torch.bfloat16, seed=1)
+    assert packed.nbytes == weight.nbytes
+    exact, size = products(x, weight, None)
+    assert_as_good(packed(x), exact, F.linear(x, weight), size)
 
 
 @pytest.mark.parametrize("quantization", (None, "int8"))

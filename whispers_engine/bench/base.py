@@ -175,7 +175,7 @@ def _set_up(
     model = ours.engine.model
     progress("ceilings")
     top = ceilings(device, model.dtype)
-    work = Work(model.config, model.dtype.itemsize, 1 if settings.quantization else model.dtype.itemsize)
+    work = Work(model.config, model.dtype.itemsize, model.weight_bytes)
     report: Report = {
         **environment(device, command),
         "model": settings.model,

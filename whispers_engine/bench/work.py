@@ -1,4 +1,4 @@
-"""The least that a model's step must read and compute, from its sizes alone, however an implementation keeps its weights."""
+"""The least that a model's step must read and compute, with the weights as they are kept."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ class Work:
     """One model in one precision.
 
     Attributes:
-        item: bytes a number: of keys, values and norms.
-        matrix_item: bytes a weight of the layers' matrices; 1 under int8, which leaves the head as it is.
+        item: bytes a number: of keys and values, and of an embedding table that is not the head.
+        stored: bytes of all weights that are kept.
     """
 
     config: ModelConfig
     item: int
-    matrix_item: int
+    stored: int
 
     @property
     def _layer(self) -> int:
@@ -34,14 +34,7 @@ class Work:
     @property
     def weights(self) -> int:
         """Bytes of all weights that a step reads whole: every matrix, the head, the norms."""
-        c = self.config
-        norms = (2 * c.num_layers + 1) * c.hidden_size
-        return c.num_layers * self._layer * self.matrix_item + (self._head + norms) * self.item
-
-    @property
-    def stored(self) -> int:
-        """Bytes of all weights that are kept: embeddings too, where they are not the head."""
-        return self.weights + (0 if self.config.tied_head else self._head * self.item)
+        return self.stored - (0 if self.config.tied_head else self._head * self.item)
 
     @property
     def position(self) -> int:

@@ -20,7 +20,7 @@ from .linear import PackedLinear
 from .packing import Memory
 
 # A Forward of csrc/forward_args.h: itself, then its EmbedRows, UnpackRows, RopeAndStore and Attention.
-_forward = operation("forward", "17qd" + "12q" + "14q" + "32q" + "36q2d")
+_forward = operation("forward", "17qd" + "12q" + "17q" + "32q" + "36q2d")
 _OUT = 5 * 8  # where in it the result's place is
 
 

@@ -8,8 +8,8 @@ from torch import Tensor
 from .library import address, dense, dtype_of, operation
 from .linear import PackedLinear
 
-_likeliest = operation("likeliest", "24q")
-_NO_HEAD = (0,) * 17
+_likeliest = operation("likeliest", "27q")
+_NO_HEAD = (0,) * 20
 
 
 def likeliest(logits: Tensor) -> tuple[Tensor, Tensor]:

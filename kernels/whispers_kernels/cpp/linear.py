@@ -7,12 +7,13 @@ from torch import Tensor
 
 from .library import address, dense, dtype_of, operation
 from .packing import Memory, in_turn, padded_vector, quantize, words_of
+from .short import shorten
 
-_linear = operation("linear", "17q")
-_unpack_rows = operation("unpack_rows", "14q")
+_linear = operation("linear", "20q")
+_unpack_rows = operation("unpack_rows", "17q")
 
-_KINDS = {torch.float32: 0, torch.float16: 0, torch.bfloat16: 1}
-_INT8 = 2
+_BF16, _INT8, _SHORT = 1, 2, 3  # WeightKind of csrc/linear_args.h
+_KINDS = {torch.float32: 0, torch.float16: 0, torch.bfloat16: _BF16}
 _ROWS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -58,16 +59,21 @@ class PackedLinear:
             weight = weight.float() if self._kind == 0 else weight
         self._bias = None if bias is None else padded_vector(bias, torch.float32)
         words = words_of(weight)
+        short = shorten(words, self.outputs, self.depth) if self._kind == _BF16 else None
+        if short is not None:
+            self._kind = _SHORT
+            words = short.words
+        self._code = (None,) * 3 if short is None else short[1:]
         self._words = (memory or Memory(0)).take(words.numel()).copy_(words)
         self.block = (
-            *map(address, (self._words, self._scale, self._bias)),
+            *map(address, (self._words, self._scale, self._bias, *self._code)),
             *(self.outputs, self.depth, self._kind, int(gated)),
         )  # a `Packed` of csrc/linear_args.h, for blocks of arguments that contain one
 
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return sum(t.nbytes for t in (self._words, self._scale, self._bias) if t is not None)
+        return sum(t.nbytes for t in (self._words, self._scale, self._bias, *self._code) if t is not None)
 
     def __call__(self, x: Tensor, residual: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
         """Multiplies rows.

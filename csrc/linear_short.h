@@ -1,0 +1,101 @@
+// Short weights (see linear_args.h): made from pairs of bf16 once at load, and made pairs again where many rows meet them.
+#pragma once
+
+#include "linear_math.h"
+#include "share.h"
+
+namespace whispers::WHISPERS_ISA {
+
+constexpr int64_t kShortNumbers = int64_t{ShortWords::kGroup} * ShortWords::kNumbers;  // of a group
+constexpr uint8_t kNoCode = 16;
+
+// The byte of codes, or of a half's low bytes, that number `number` of a group has for output `output` of a panel.
+inline int64_t short_byte(int64_t output, int64_t number) { return output / 4 * 16 + number / 2 % 2 * 8 + output % 4 * 2 + number % 2; }
+
+// The outputs of panel `panel`.
+inline int64_t width_of(int64_t outputs, int64_t panel) {
+  return smaller(kPanelOutputs, ceil_div(outputs, kOutputs) * kOutputs - panel * kPanelOutputs);
+}
+
+inline void shorten_panel(const Shorten& a, int64_t panel) {
+  const int64_t width = width_of(a.outputs, panel), steps = ceil_div(a.depth, ShortWords::kNumbers), groups = ceil_div(a.depth, kShortNumbers);
+  const uint32_t* words = a.words + panel * kPanelOutputs * steps;
+  uint8_t* group = a.out + panel * kPanelOutputs * groups * ShortWords::kGroupWords * 4;
+  a.count[panel] = 0;
+  for (int64_t begin = 0; begin < groups * kShortNumbers; begin += kShortNumbers, group += 4 * ShortWords::kGroupWords * width) {
+    __builtin_memset(group, 0, 4 * width);
+    for (int64_t number = 0; number < kShortNumbers; ++number) {
+      const int64_t step = (begin + number) / ShortWords::kNumbers, half = number / 4;
+      for (int64_t output = 0; output < width; ++output) {
+        uint32_t bits = step < steps ? words[step * width + output] >> 16 * (number % 2) & 0xffff : 0;
+        if (a.codes[bits >> 8] == kNoCode) {
+          if (a.count[panel] < a.room) {
+            Rare& rare = a.rare[panel * a.room + a.count[panel]];
+            rare = {static_cast<int32_t>(output), static_cast<int32_t>(begin + number), 0.0f};
+            bits <<= 16;
+            __builtin_memcpy(&rare.value, &bits, 4);
+          }
+          ++a.count[panel];
+          bits = 0;
+        }
+        const int64_t byte = short_byte(output, number);
+        group[byte] = static_cast<uint8_t>(group[byte] | a.codes[bits >> 8] << 4 * half);
+        group[4 * (1 + half) * width + byte] = static_cast<uint8_t>(bits);
+      }
+    }
+  }
+}
+
+inline void shorten(const Shorten& a, const Crew& crew) {
+  const Share share = share_of(ceil_div(a.outputs, kPanelOutputs), crew);
+  for (int64_t panel = share.begin; panel < share.end; ++panel) shorten_panel(a, panel);
+}
+
+// Row `id` of the matrix, as floats.
+inline void unpack_short_row(const Packed& p, int64_t id, float* row) {
+  const int64_t panel = id / kPanelOutputs, output = id % kPanelOutputs, width = width_of(p.outputs, panel);
+  const uint8_t* group = reinterpret_cast<const uint8_t*>(p.words + panel * kPanelOutputs * stored_of<ShortWords>(p));
+  for (int64_t at = 0; at < p.depth; ++at) {
+    const int64_t number = at % kShortNumbers, half = number / 4, byte = short_byte(output, number);
+    const uint32_t high = p.highs[group[byte] >> 4 * half & 15], low = group[4 * (1 + half) * width + byte], bits = high << 24 | low << 16;
+    __builtin_memcpy(row + at, &bits, 4);
+    if (number == kShortNumbers - 1) group += 4 * ShortWords::kGroupWords * width;
+  }
+  for (int32_t at = p.rare_begin[panel]; at < p.rare_begin[panel + 1]; ++at) {
+    if (p.rare[at].output == output) row[p.rare[at].number] = p.rare[at].value;
+  }
+}
+
+// A panel at `w` as pairs [steps, width], zeros for weights without a code.
+inline void unpack_panel(const Packed& p, const float* w, int64_t width, float* pairs) {
+  const ShortWords::Key key(p.highs);
+  const int64_t steps = steps_of<ShortWords>(p);
+  for (int64_t step = 0; step < steps; step += ShortWords::kGroup, w += ShortWords::kGroupWords * width) {
+    for (int part = 0; part < ShortWords::kGroup / ShortWords::kTogether; ++part) {
+      for (int64_t at = 0; at < width; at += W) {
+        Vec words[ShortWords::kTogether];
+        ShortWords::read(key, w + at, width, part, words);
+        for (int s = 0; s < ShortWords::kTogether; ++s) store(pairs + (step + part * ShortWords::kTogether + s) * width + at, words[s]);
+      }
+    }
+  }
+}
+
+// Adds to the sums of a tile what the panel's weights without a code contribute, after all others: a row's bits do not depend on its
+// neighbours. The number of rows is a constant for the compiler: a loop's mispredicted end costs more than the sums.
+template <int kMost = ShortWords::kRows>
+inline void add_rare(const Packed& p, int64_t panel, const float* x, int64_t x_row, int64_t rows, float* sums) {
+  if constexpr (kMost > 1) {
+    if (rows < kMost) return add_rare<kMost - 1>(p, panel, x, x_row, rows, sums);
+  }
+  for (int32_t at = p.rare_begin[panel]; at < p.rare_begin[panel + 1]; ++at) {
+    const Rare& rare = p.rare[at];
+#pragma GCC unroll 8
+    for (int i = 0; i < kMost; ++i) {
+      float& sum = sums[i * kPanelOutputs + rare.output];
+      sum = __builtin_fmaf(ShortWords::number(x + i * x_row, rare.number), rare.value, sum);
+    }
+  }
+}
+
+}  // namespace whispers::WHISPERS_ISA

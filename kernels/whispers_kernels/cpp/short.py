@@ -1,0 +1,55 @@
+"""bfloat16 weights in 12 bits, not one bit lost: `csrc/linear_short.h`.
+
+The high byte of a bfloat16 is its sign and seven bits of its exponent. Of a trained matrix nearly all are among 16, so that four bits
+name it; the few weights whose high byte is another one go into a list. (DFloat11, arXiv 2504.11651, has 11 bits by Huffman's code, which
+vector instructions can't read.)
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .library import address, operation
+from .packing import PANEL
+
+_shorten = operation("shorten", "8q")
+_NO_CODE = 16
+_SAMPLE = (
+    2**18
+)  # weights that are looked at for the commonest high bytes: a code that was not deserved costs a place in the list, no bit
+_MOST_RARE = 1024  # a matrix may have one in so many, a panel eight times as much; each costs a row 0.5 ns
+_RARE_WORDS = 3  # of a `Rare`
+_GROUP = 8  # numbers in depth that lie together
+
+
+class Short(NamedTuple):
+    """Weights as `csrc/linear_args.h` describes them."""
+
+    words: Tensor  # int32, panel by panel
+    highs: Tensor  # uint8 [16]
+    rare: Tensor  # int32 [weights without a code, 3]
+    rare_begin: Tensor  # int32 [panels + 1], in `rare`
+
+
+def shorten(words: Tensor, outputs: int, depth: int) -> Short | None:
+    """The words of a bfloat16 matrix, in panels (`words_of`), as short ones; None where a panel has too many weights without a code."""
+    high = words.view(torch.uint8)[1::2]
+    counts = torch.bincount(high[:: -(-high.numel() // _SAMPLE)], minlength=256)
+    counts[0] = high.numel()  # 0 must have a code: it is what a weight without one leaves behind
+    highs = counts.topk(_NO_CODE).indices.sort().values.to(torch.uint8)
+    codes = torch.full((256,), _NO_CODE, dtype=torch.uint8)
+    codes[highs.long()] = torch.arange(_NO_CODE, dtype=torch.uint8)
+
+    steps, panels = -(-depth // 2), -(-outputs // PANEL)
+    width = words.numel() // steps
+    out = torch.empty(width * -(-depth // _GROUP) * _GROUP * 3 // 8, dtype=torch.int32)
+    room = max(8, 8 * PANEL * depth // _MOST_RARE)
+    rare, count = torch.empty(panels, room, _RARE_WORDS, dtype=torch.int32), torch.empty(panels, dtype=torch.int32)
+    _shorten(*map(address, (words, codes, out, rare, count)), outputs, depth, room)
+    if int(count.max()) > room or int(count.sum()) > max(8, outputs * depth // _MOST_RARE):
+        return None
+    begin = torch.cat([count.new_zeros(1), count.cumsum(0, dtype=torch.int32)])
+    return Short(out, highs, rare[torch.arange(room) < count[:, None]], begin)
