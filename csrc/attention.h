@@ -96,7 +96,7 @@ inline Partials partials_in(const Attention& a, void* memory) {
   return {acc, reinterpret_cast<Sum*>(acc + a.slots * a.q_heads * a.dim)};
 }
 
-// One item and KV head. T is q's type, Page the pool's. `next`: the item (and KV head) that this thread probably does next, or null.
+// One item and KV head. T is q's type, Page the pool's. `next`: the item (and KV head) that this thread does next, or null.
 template <class Math, class T, class Page>
 class Item {
  public:
@@ -279,8 +279,9 @@ void attend_items(const Attention& a, const Crew& crew) {
   const Workspace<Math> workspace(shape, crew.own());
   const Partials partials = partials_in(a, crew.shared());
   const int64_t tasks = a.header[0] * a.kv_heads;
-  for (int64_t task; (task = crew.take()) < tasks;) {
-    const int64_t later = task + crew.threads;
+  // The next task is taken before this one is begun: its keys are fetched meanwhile, by who will want them.
+  for (int64_t task = crew.take(), later; task < tasks; task = later) {
+    later = crew.take();
     const int32_t *item = a.items + 6 * (task / a.kv_heads), *next = later < tasks ? a.items + 6 * (later / a.kv_heads) : nullptr;
     Item<Math, T, Page>(a, shape, workspace, item, task % a.kv_heads, next, later % a.kv_heads).run(item, partials);
   }
