@@ -62,45 +62,46 @@ inline void finish_tile(const Linear& a, float* sums, int64_t row, int64_t rows,
   for (int64_t r = 0; r < rows; ++r) store_sums<T>(a, sums + r * kPanelOutputs, row + r, column, count);
 }
 
-// Whether short weights are made pairs first, panel by panel: that costs as much as 4 tiles lose by reading them as they are (5 % of each on Zen 4).
-inline bool unpacks(const Linear& a) { return a.weights.kind == kShortWeights && a.rows > 4 * ShortWords::kRows; }
+// Whether the first of several tiles leaves a panel of short weights as pairs for the others. Decoding costs a tile 3 % on Zen 4 (15 % where
+// somebody else computes on the same cores), leaving pairs costs as much as decoding for 4 tiles.
+inline bool keeps_pairs(const Linear& a) { return a.weights.kind == kShortWeights && a.rows > 4 * ShortWords::kRows; }
 
 // Bytes of each thread's scratch.
-inline int64_t linear_scratch(const Linear& a) { return unpacks(a) ? kPanelOutputs * steps_of<ShortWords>(a.weights) * 4 : 0; }
+inline int64_t linear_scratch(const Linear& a) { return keeps_pairs(a) ? kPanelOutputs * steps_of<ShortWords>(a.weights) * 4 : 0; }
 
 // Panels [begin, end) of all rows. `next`: what this thread reads after them, or null. `pairs`: this thread's scratch.
 template <class Words, class T>
 inline void linear_panels(const Linear& a, const LinearRows& x, int64_t begin, int64_t end, const float* next, float* pairs) {
   constexpr bool is_short = Words::kGroup > 1;
+  const bool keeps = is_short && keeps_pairs(a);
   const int64_t steps = steps_of<Words>(a.weights), stored = stored_of<Words>(a.weights);
   const int64_t tiles = ceil_div(a.rows, Words::kRows), chunks = ceil_div(steps, kFetchSteps);
   const int64_t each = a.rows / tiles, more = a.rows % tiles;  // rows of a tile: as equal as can be
   alignas(64) float sums[kMostRows * kPanelOutputs];
   for (int64_t number = begin; number < end; ++number) {
-    Panel panel{a.weights.words + number * kPanelOutputs * stored, width_of(a.weights.outputs, number), a.weights.highs};
+    Panel panel{a.weights.words + number * kPanelOutputs * stored, width_of(a.weights.outputs, number), a.weights.highs, pairs};
     const float* after = number + 1 < end ? panel.words + kPanelOutputs * stored : next;
     // Rows of one tile read panels as a stream, which a processor fetches by itself, and faster than it is told to (on Zen 4, 30 layers:
     // 8.3 -> 5.9 ms for 8 rows, 6.3 -> 5.6 for one). It only can't know where the next stream begins. Of several tiles the first one waits
-    // for memory and the others don't: the next panel's lines, in equal parts over all of them (12 rows: 8.0 -> 6.3 ms). Short weights' lines
-    // are not read in the order of memory, which the processor does not follow: with one tile, too (8 rows: 6.5 -> 5.2 ms).
+    // for memory and the others don't: the next panel's lines, in equal parts over all of them (12 rows: 8.0 -> 6.3 ms). Short weights'
+    // lines are not read once each in the order of memory, which the processor does not follow: with one tile, too (8 rows, beside pairs: 1.12
+    // of their time, so 0.83).
     const int64_t panel_lines = ceil_div(stored * kPanelOutputs * 4, kLine);
     const int64_t lines = tiles > 1 || is_short ? panel_lines : number + 1 == end ? smaller(panel_lines, kFirstLines) : 0;
     const int64_t a_chunk = ceil_div(lines, tiles * chunks);
-    const bool unpacked = is_short && unpacks(a);
-    if (unpacked) {
-      unpack_panel(a.weights, panel.words, panel.width, pairs);
-      panel.words = pairs;
-    }
     int64_t row = 0;
     for (int64_t tile = 0; tile < tiles; ++tile) {
       const int64_t rows = each + (tile < more ? 1 : 0), fetched = tile * chunks * a_chunk;
       const bool fetch = after != nullptr && fetched < lines;
       const Ahead ahead{reinterpret_cast<const char*>(after) + fetched * kLine, fetch ? a_chunk : 0};
       const float* of_x = x.words + row * x.row;
-      if (unpacked) {
-        panel_of_rows<PairWords>(rows, panel, of_x, x.row, steps, sums, ahead);
-      } else {
+      if (!keeps) {
         panel_of_rows<Words>(rows, panel, of_x, x.row, steps, sums, ahead);
+      } else if (tile == 0) {
+        panel_of_rows<KeptWords>(rows, panel, of_x, x.row, steps, sums, ahead);
+        panel.words = pairs;
+      } else {
+        panel_of_rows<PairWords>(rows, panel, of_x, x.row, steps, sums, ahead);
       }
       if (is_short) add_rare(a.weights, number, of_x, x.row, rows, sums);
       finish_tile<T>(a, sums, row, rows, number * kPanelOutputs, panel.width);

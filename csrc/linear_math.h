@@ -60,7 +60,7 @@ struct AsStored {
   struct Key {
     explicit Key(const uint8_t*) {}
   };
-  static void read(const Key&, const float* w, int64_t, int, Vec* words) { words[0] = load(w); }
+  static void read(const Key&, const float* w, int64_t, int, Vec* words, float*) { words[0] = load(w); }
 };
 
 // Sums of a span that are what they are.
@@ -113,11 +113,19 @@ struct ShortWords : PairWords {
     Bits highs;
   };
   // The first (0) or second (1) half of the group at `w`.
-  static void read(const Key& key, const float* w, int64_t width, int half, Vec* words) {
+  static void read(const Key& key, const float* w, int64_t width, int half, Vec* words, float*) {
     const Bits codes = as_bits(load(w)), low = as_bits(load(w + (1 + half) * width));
     const Bits high = look_up(key.highs, half == 0 ? codes : shift_nibbles(codes));
     words[0] = as_vec(low_bytes(low, high));
     words[1] = as_vec(high_bytes(low, high));
+  }
+};
+
+// Short ones that are left as pairs [steps, width] for the tiles to come.
+struct KeptWords : ShortWords {
+  static void read(const Key& key, const float* w, int64_t width, int half, Vec* words, float* pairs) {
+    ShortWords::read(key, w, width, half, words, pairs);
+    for (int s = 0; s < kTogether; ++s) store(pairs + (half * kTogether + s) * width, words[s]);
   }
 };
 

@@ -1,4 +1,4 @@
-// Short weights (see linear_args.h): made from pairs of bf16 once at load, and made pairs again where many rows meet them.
+// Short weights (see linear_args.h): made from pairs of bf16 once at load.
 #pragma once
 
 #include "linear_math.h"
@@ -63,21 +63,6 @@ inline void unpack_short_row(const Packed& p, int64_t id, float* row) {
   }
   for (int32_t at = p.rare_begin[panel]; at < p.rare_begin[panel + 1]; ++at) {
     if (p.rare[at].output == output) row[p.rare[at].number] = p.rare[at].value;
-  }
-}
-
-// A panel at `w` as pairs [steps, width], zeros for weights without a code.
-inline void unpack_panel(const Packed& p, const float* w, int64_t width, float* pairs) {
-  const ShortWords::Key key(p.highs);
-  const int64_t steps = steps_of<ShortWords>(p);
-  for (int64_t step = 0; step < steps; step += ShortWords::kGroup, w += ShortWords::kGroupWords * width) {
-    for (int part = 0; part < ShortWords::kGroup / ShortWords::kTogether; ++part) {
-      for (int64_t at = 0; at < width; at += W) {
-        Vec words[ShortWords::kTogether];
-        ShortWords::read(key, w + at, width, part, words);
-        for (int s = 0; s < ShortWords::kTogether; ++s) store(pairs + (step + part * ShortWords::kTogether + s) * width + at, words[s]);
-      }
-    }
   }
 }
 

@@ -13,11 +13,12 @@ struct Ahead {
 };
 constexpr int64_t kFetchSteps = 8;
 
-// Weights that a tile reads: a panel of `width` outputs, or from some block of it on. `highs`: of short weights.
+// Weights that a tile reads: a panel of `width` outputs, or from some block of it on. Of short weights: `highs`, and where KeptWords leave pairs.
 struct Panel {
   const float* words;
   int64_t width;
   const uint8_t* highs;
+  float* pairs;
 };
 
 // sums [kTileRows, kPanelOutputs]: rows of x times kVecs vectors of outputs. Each is summed over the depth in order, one number (pair, quad)
@@ -26,6 +27,7 @@ template <class Words, int kTileRows, int kVecs>
 __attribute__((noinline)) void linear_tile(const Panel& panel, const float* x, int64_t x_row, int64_t steps, float* sums, Ahead ahead) {
   const typename Words::Key key(panel.highs);
   const float* w = panel.words;
+  float* pairs = panel.pairs;
   const int64_t width = panel.width;
   const float* marks = x + steps * Words::kLeft;
   for (int64_t begin = 0; begin < steps; begin += Words::kSpan, marks += Words::kMarks) {
@@ -39,12 +41,12 @@ __attribute__((noinline)) void linear_tile(const Panel& panel, const float* x, i
     for (int64_t step = begin; step < end;) {
       const int64_t stop = smaller(step + kFetchSteps, end);
       for (int64_t i = 0; i < ahead.lines; ++i, ahead.at += kLine) __builtin_prefetch(ahead.at, 0, 2);
-      for (; step < stop; step += Words::kGroup, w += Words::kGroupWords * width) {
+      for (; step < stop; step += Words::kGroup, w += Words::kGroupWords * width, pairs += Words::kGroup * width) {
 #pragma GCC unroll 2
         for (int part = 0; part < Words::kGroup / Words::kTogether; ++part) {
           Vec words[kVecs][Words::kTogether];
 #pragma GCC unroll 4
-          for (int j = 0; j < kVecs; ++j) Words::read(key, w + j * W, width, part, words[j]);
+          for (int j = 0; j < kVecs; ++j) Words::read(key, w + j * W, width, part, words[j], pairs + j * W);
 #pragma GCC unroll 2
           for (int s = 0; s < Words::kTogether; ++s, x += Words::kLeft) {
             typename Words::Wide right[kVecs];
@@ -90,7 +92,7 @@ inline void panel_of_rows(int64_t rows, const Panel& panel, const float* x, int6
   tile_of_rows<Words, 1>(rows, panel, x, x_row, steps, sums, ahead);
 #else
   for (int64_t at = 0; at < panel.width; at += kOutputs) {
-    tile_of_rows<Words, 2>(rows, {panel.words + at, panel.width, panel.highs}, x, x_row, steps, sums + at, ahead);
+    tile_of_rows<Words, 2>(rows, {panel.words + at, panel.width, panel.highs, panel.pairs + at}, x, x_row, steps, sums + at, ahead);
     ahead.lines = 0;
   }
 #endif
