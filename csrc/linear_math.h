@@ -89,7 +89,9 @@ struct PairWords : PlainSpans, AsStored {
   static Wide left(const float* x) { return splat(*x); }
   static float number(const float* x, int64_t i) {  // of a row
     const uint32_t bits = static_cast<uint32_t>(reinterpret_cast<const Bf16*>(x)[i].bits) << 16;
-    return __builtin_bit_cast(float, bits);
+    float number;
+    __builtin_memcpy(&number, &bits, 4);
+    return number;
   }
   static Vec multiply(Wide x, Wide w, Vec sum) { return _mm512_dpbf16_ps(sum, (__m512bh)as_bits(x), (__m512bh)as_bits(w)); }
 };

@@ -17,9 +17,7 @@ from .packing import PANEL
 
 _shorten = operation("shorten", "8q")
 _NO_CODE = 16
-_SAMPLE = (
-    2**18
-)  # weights that are looked at for the commonest high bytes: a code that was not deserved costs a place in the list, no bit
+_SAMPLE = 2**18  # weights, in which the commonest high bytes are looked for: one that is missed lengthens the list
 _MOST_RARE = 1024  # a matrix may have one in so many, a panel eight times as much; each costs a row 0.5 ns
 _RARE_WORDS = 3  # of a `Rare`
 _GROUP = 8  # numbers in depth that lie together
