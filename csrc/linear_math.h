@@ -158,6 +158,11 @@ inline void with_words(int64_t kind, F&& f) {
   }
 }
 
+// The outputs of panel `panel`.
+inline int64_t width_of(int64_t outputs, int64_t panel) {
+  return smaller(kPanelOutputs, ceil_div(outputs, kOutputs) * kOutputs - panel * kPanelOutputs);
+}
+
 template <class Words>
 inline int64_t steps_of(const Packed& p) {
   return ceil_div(p.depth, Words::kNumbers * Words::kGroup) * Words::kGroup;

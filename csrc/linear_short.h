@@ -12,11 +12,6 @@ constexpr uint8_t kNoCode = 16;
 // The byte of codes, or of a half's low bytes, that number `number` of a group has for output `output` of a panel.
 inline int64_t short_byte(int64_t output, int64_t number) { return output / 4 * 16 + number / 2 % 2 * 8 + output % 4 * 2 + number % 2; }
 
-// The outputs of panel `panel`.
-inline int64_t width_of(int64_t outputs, int64_t panel) {
-  return smaller(kPanelOutputs, ceil_div(outputs, kOutputs) * kOutputs - panel * kPanelOutputs);
-}
-
 inline void shorten_panel(const Shorten& a, int64_t panel) {
   const int64_t width = width_of(a.outputs, panel), steps = ceil_div(a.depth, ShortWords::kNumbers), groups = ceil_div(a.depth, kShortNumbers);
   const uint32_t* words = a.words + panel * kPanelOutputs * steps;

@@ -20,7 +20,7 @@ _NO_CODE = 16
 _SAMPLE = 2**18  # weights, in which the commonest high bytes are looked for: one that is missed lengthens the list
 _MOST_RARE = 1024  # a matrix may have one in so many, a panel eight times as much; each costs a row 0.5 ns
 _RARE_WORDS = 3  # of a `Rare`
-_GROUP = 8  # numbers in depth that lie together
+_GROUP, _GROUP_WORDS = 8, 3  # numbers in depth that lie together, and the words that they take an output
 
 
 class Short(NamedTuple):
@@ -33,7 +33,7 @@ class Short(NamedTuple):
 
 
 def shorten(words: Tensor, outputs: int, depth: int) -> Short | None:
-    """The words of a bfloat16 matrix, in panels (`words_of`), as short ones; None where a panel has too many weights without a code."""
+    """The words of a bfloat16 matrix, in panels (`words_of`), as short ones; None where it, or a panel, has too many without a code."""
     high = words.view(torch.uint8)[1::2]
     counts = torch.bincount(high[:: -(-high.numel() // _SAMPLE)], minlength=256)
     counts[0] = high.numel()  # 0 must have a code: it is what a weight without one leaves behind
@@ -43,7 +43,7 @@ def shorten(words: Tensor, outputs: int, depth: int) -> Short | None:
 
     steps, panels = -(-depth // 2), -(-outputs // PANEL)
     width = words.numel() // steps
-    out = torch.empty(width * -(-depth // _GROUP) * _GROUP * 3 // 8, dtype=torch.int32)
+    out = torch.empty(width * -(-depth // _GROUP) * _GROUP_WORDS, dtype=torch.int32)
     room = max(8, 8 * PANEL * depth // _MOST_RARE)
     rare, count = torch.empty(panels, room, _RARE_WORDS, dtype=torch.int32), torch.empty(panels, dtype=torch.int32)
     _shorten(*map(address, (words, codes, out, rare, count)), outputs, depth, room)
