@@ -85,15 +85,15 @@ inline void finish(const float* acc, const Sum& sum, T* out, float* lse, int64_t
   if (lse != nullptr) *lse = (sum.top + __builtin_log2f(sum.total)) * 0.6931471805599453f;
 }
 
-// Where items leave their partial results, in the team's memory.
+// Where items make their partial results, in the team's memory: a tile's lines lie behind each other, as in its own `acc`.
 struct Partials {
-  float* acc;  // [slots, q_heads, dim]
-  Sum* sums;   // [slots, q_heads]
+  float* acc;  // [kv_heads, slots, group, width]
+  Sum* sums;   // [kv_heads, slots, group]
 };
-inline int64_t partials_bytes(const Attention& a) { return a.slots * a.q_heads * (a.dim + 2) * static_cast<int64_t>(sizeof(float)); }
+inline int64_t partials_bytes(const Attention& a) { return a.slots * a.q_heads * (width_of(a) + 2) * static_cast<int64_t>(sizeof(float)); }
 inline Partials partials_in(const Attention& a, void* memory) {
   float* acc = static_cast<float*>(memory);
-  return {acc, reinterpret_cast<Sum*>(acc + a.slots * a.q_heads * a.dim)};
+  return {acc, reinterpret_cast<Sum*>(acc + a.slots * a.q_heads * width_of(a))};
 }
 
 // One item and KV head. T is q's type, Page the pool's. `next`: the item (and KV head) that this thread does next, or null.
@@ -119,12 +119,10 @@ class Item {
 
   void run(const int32_t* item, const Partials& partials) {
     if (item[5] == 0) {
+      const int64_t line = (head_ * a_.slots + item[4]) * s_.group;
+      w_.acc = partials.acc + line * s_.width;
+      w_.sums = partials.sums + line;
       attend(item[2]);
-      each([&](int64_t i, int64_t row, int64_t head) {
-        const int64_t slot = (item[4] + row - row_begin_) * a_.q_heads + head;
-        partials.sums[slot] = w_.sums[i];
-        if (!is_nothing(w_.sums[i])) __builtin_memcpy(partials.acc + slot * a_.dim, w_.acc + i * s_.width, a_.dim * sizeof(float));
-      });
       return;
     }
     __builtin_memset(w_.all_acc, 0, tall_ * s_.width * sizeof(float));
@@ -150,11 +148,10 @@ class Item {
     }
   }
 
-  // The tile over one part's keys: weighted values in `acc`, and `sums`.
+  // The tile over one part's keys: weighted values in `acc` of rows that saw any, and `sums`.
   void attend(int64_t number) {
     const int32_t* part = a_.parts + 3 * number;
     const int64_t segment = part[0], first_key = a_.key_begin[segment];
-    __builtin_memset(w_.acc, 0, tall_ * s_.width * sizeof(float));
     for (int64_t i = 0; i < tall_; ++i) w_.sums[i] = kNothing;
     int64_t least = a_.position[row_begin_], most = least;
     for (int64_t row = row_begin_; row < row_begin_ + rows_; ++row) {
@@ -236,12 +233,16 @@ class Item {
     };
     multiply<Math, false>(end - begin, ceil_div(keys, W), w_.queries + begin * s_.depth, s_.depth, keys_, w_.scores, kKeys, s_.depth,
                           w_.shrink, meanwhile);
+    bool all_fresh = true;  // fresh: a row whose `acc` holds nothing yet, not even zeros
+    for (int64_t i = begin; i < end; ++i) all_fresh = all_fresh && is_nothing(w_.sums[i]);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t at = i - begin;
+      if (!all_fresh && is_nothing(w_.sums[i])) __builtin_memset(w_.acc + i * s_.width, 0, s_.width * sizeof(float));
       w_.shrink[at] = weigh<Math>(w_.scores + at * kKeys, w_.weights + at * weights_row, w_.seen[i], keys, how_, *w_.at, w_.sums[i]);
     }
-    multiply<Math, true>(end - begin, s_.width / W, w_.weights, weights_row, values_, w_.acc + begin * s_.width, s_.width,
-                         ceil_div(keys, Math::kPack), w_.shrink, meanwhile);
+    const auto add_values = all_fresh ? multiply<Math, false, decltype(meanwhile)> : multiply<Math, true, decltype(meanwhile)>;
+    add_values(end - begin, s_.width / W, w_.weights, weights_row, values_, w_.acc + begin * s_.width, s_.width, ceil_div(keys, Math::kPack),
+               w_.shrink, meanwhile);
   }
 
   const Attention& a_;
@@ -256,20 +257,26 @@ class Item {
   Scaling how_;
 };
 
+// A row's grouped heads together: their chains of exponentials and sums, one after the other, would be waited for.
 template <class T>
 void merge_rows(const Attention& a, const Partials& partials, const Crew& crew) {
-  const Share share = share_of(a.header[1] * a.q_heads, crew);
-  float* acc = static_cast<float*>(crew.own());
+  const int64_t group = a.q_heads / a.kv_heads, width = width_of(a);
+  const Share share = share_of(a.header[1] * a.kv_heads, crew);
+  Pieces pieces(crew.own());
+  float* acc = pieces.take<float>(group * width);
+  Sum* sums = pieces.take<Sum>(group);
   for (int64_t task = share.begin; task < share.end; ++task) {
-    const int64_t index = task / a.q_heads, head = task % a.q_heads, row = a.merge_rows[index];
-    Sum all = kNothing;
-    __builtin_memset(acc, 0, a.dim * sizeof(float));
+    const int64_t index = task / a.kv_heads, kv_head = task % a.kv_heads;
+    __builtin_memset(acc, 0, group * width * sizeof(float));
+    for (int64_t i = 0; i < group; ++i) sums[i] = kNothing;
     for (int64_t at = a.merge_ptr[index]; at < a.merge_ptr[index + 1]; ++at) {
-      const int64_t slot = a.merge_slots[at] * a.q_heads + head;
-      fold(acc, all, partials.acc + slot * a.dim, partials.sums[slot], a.dim);
+      const int64_t line = (kv_head * a.slots + a.merge_slots[at]) * group;
+      for (int64_t i = 0; i < group; ++i) fold(acc + i * width, sums[i], partials.acc + (line + i) * width, partials.sums[line + i], a.dim);
     }
-    const int64_t to = row * a.q_heads + head;
-    finish(acc, all, static_cast<T*>(a.out) + to * a.dim, a.lse == nullptr ? nullptr : a.lse + to, a.dim);
+    for (int64_t i = 0; i < group; ++i) {
+      const int64_t to = a.merge_rows[index] * a.q_heads + kv_head * group + i;
+      finish(acc + i * width, sums[i], static_cast<T*>(a.out) + to * a.dim, a.lse == nullptr ? nullptr : a.lse + to, a.dim);
+    }
   }
 }
 

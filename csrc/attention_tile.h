@@ -14,6 +14,9 @@ constexpr int64_t kLeastPage = 16;  // in panels
 // Rows whose scores are made, weighed and used before the next, so that they stay in the first cache beside the keys: 12 KB.
 constexpr int64_t kStrip = 12;
 
+// Words of a value, padded.
+inline int64_t width_of(const Attention& a) { return ceil_div(a.dim, W) * W; }
+
 // Sizes of an attention's scratch, in words.
 template <class Math>
 struct Shape {
@@ -22,12 +25,12 @@ struct Shape {
         rows(a.tile_rows * group),
         dim(a.dim),
         depth(ceil_div(a.dim, Math::kPack)),
-        width(ceil_div(a.dim, W) * W) {}
+        width(width_of(a)) {}
   int64_t group;  // query heads a KV head
   int64_t rows;   // of a tile: rows times grouped heads
   int64_t dim;
   int64_t depth;  // words of a query
-  int64_t width;  // of a value, padded
+  int64_t width;  // of a value
 };
 
 // The block's keys in the pool: element offsets, and factors of fp8 keys and values. Of pages in panels: the offsets of the head's panels.

@@ -115,6 +115,19 @@ def test_the_number_of_threads_changes_no_bits(threads: object) -> None:
         cpp.set_num_threads(0)
 
 
+def test_nothing_is_read_of_what_the_call_before_left() -> None:
+    """In the second 256 of these 512 keys one row has summed some already, and the other none."""
+    plan = Plan.from_segments([(list(range(32)), 512, 2048, 0, 2)], [2500, 2330])
+    q, keys, values = (normal(*shape, dtype=torch.bfloat16) for shape in ((2, 4, 32), (32, 16, 2, 32), (32, 16, 2, 32)))
+
+    def attend(values: torch.Tensor) -> torch.Tensor:
+        return committee_attention(q, keys, values, plan, window=100, impl="cpp")
+
+    expected = attend(values)
+    assert attend(torch.full_like(values, torch.nan)).isnan().all()
+    assert torch.equal(attend(values), expected) and expected.isfinite().all()
+
+
 def test_several_python_threads_may_call_at_once() -> None:
     plan, q, pages = prefill(160)
     expected = committee_attention(q, pages, pages, plan, impl="cpp")
