@@ -19,6 +19,7 @@ inline int64_t columns_of(const Packed& p) { return p.gated ? p.outputs / 2 : p.
 
 // Weights' scale, bias: what is left to do with a row's sums of the outputs from `first` on.
 inline void finish_sums(const Packed& p, float* sums, int64_t first, int64_t outputs) {
+  if (p.kind != kInt8Weights && p.bias == nullptr) return;
   for (int64_t at = 0; at < outputs; at += W) {
     Vec value = load(sums + at);
     if (p.kind == kInt8Weights) value = value * load(p.scale + first + at);
@@ -27,19 +28,24 @@ inline void finish_sums(const Packed& p, float* sums, int64_t first, int64_t out
   }
 }
 
-// sums [rows, kPanelOutputs] of gates and ups in turn become silu(gate) * up, `outputs / 2` a row.
+// sums [rows, kPanelOutputs] of 8 gates and 8 ups in turn become silu(gate) * up, `outputs / 2` a row.
 inline void gate_sums(float* sums, int64_t rows, int64_t outputs) {
-  constexpr int64_t kHalf = kOutputs / 2;
-  float gates[kMostRows * kPanelOutputs / 2], ups[kMostRows * kPanelOutputs / 2];
-  int64_t count = 0;
-  for (int64_t row = 0; row < rows; ++row) {
-    for (int64_t at = 0; at < outputs; at += kOutputs, count += kHalf) {
-      __builtin_memcpy(gates + count, sums + row * kPanelOutputs + at, kHalf * sizeof(float));
-      __builtin_memcpy(ups + count, sums + row * kPanelOutputs + at + kHalf, kHalf * sizeof(float));
+  static_assert(kOutputs == 16);
+#if WHISPERS_LEVEL >= 1
+  for (int64_t row = 0; row < rows; row += 2) {  // two rows' gates fill a vector; a last row meets itself
+    float *one = sums + row * kPanelOutputs, *other = row + 1 < rows ? one + kPanelOutputs : one;
+    for (int64_t at = 0; at < outputs; at += kOutputs) {
+      const Vec a = load(one + at), b = load(other + at);
+      const Vec gates = _mm512_shuffle_f32x4(a, b, 0x44), ups = _mm512_shuffle_f32x4(a, b, 0xee), gated = silu(gates) * ups;
+      _mm256_storeu_ps(one + at / 2, _mm512_castps512_ps256(gated));
+      _mm256_storeu_ps(other + at / 2, _mm512_extractf32x8_ps(gated, 1));
     }
   }
-  for (int64_t at = 0; at < count; at += W) store(gates + at, silu(load(gates + at, count - at)) * load(ups + at, count - at), count - at);
-  for (int64_t row = 0; row < rows; ++row) __builtin_memcpy(sums + row * kPanelOutputs, gates + row * outputs / 2, outputs / 2 * sizeof(float));
+#else
+  for (int64_t row = 0; row < rows; ++row, sums += kPanelOutputs) {
+    for (int64_t at = 0; at < outputs; at += kOutputs) store(sums + at / 2, silu(load(sums + at)) * load(sums + at + W));
+  }
+#endif
 }
 
 template <class T>
