@@ -90,10 +90,10 @@ struct Partials {
   float* acc;  // [kv_heads, slots, group, width]
   Sum* sums;   // [kv_heads, slots, group]
 };
-inline int64_t partials_bytes(const Attention& a) { return a.slots * a.q_heads * (width_of(a) + 2) * static_cast<int64_t>(sizeof(float)); }
+inline int64_t partials_bytes(const Attention& a) { return a.slots * a.q_heads * (padded_dim(a) + 2) * static_cast<int64_t>(sizeof(float)); }
 inline Partials partials_in(const Attention& a, void* memory) {
   float* acc = static_cast<float*>(memory);
-  return {acc, reinterpret_cast<Sum*>(acc + a.slots * a.q_heads * width_of(a))};
+  return {acc, reinterpret_cast<Sum*>(acc + a.slots * a.q_heads * padded_dim(a))};
 }
 
 // One item and KV head. T is q's type, Page the pool's. `next`: the item (and KV head) that this thread does next, or null.
@@ -260,7 +260,7 @@ class Item {
 // A row's grouped heads together: their chains of exponentials and sums, one after the other, would be waited for.
 template <class T>
 void merge_rows(const Attention& a, const Partials& partials, const Crew& crew) {
-  const int64_t group = a.q_heads / a.kv_heads, width = width_of(a);
+  const int64_t group = a.q_heads / a.kv_heads, width = padded_dim(a);
   const Share share = share_of(a.header[1] * a.kv_heads, crew);
   Pieces pieces(crew.own());
   float* acc = pieces.take<float>(group * width);

@@ -14,8 +14,8 @@ constexpr int64_t kLeastPage = 16;  // in panels
 // Rows whose scores are made, weighed and used before the next, so that they stay in the first cache beside the keys: 12 KB.
 constexpr int64_t kStrip = 12;
 
-// Words of a value, padded.
-inline int64_t width_of(const Attention& a) { return ceil_div(a.dim, W) * W; }
+// Numbers of a value, whole vectors of them.
+inline int64_t padded_dim(const Attention& a) { return ceil_div(a.dim, W) * W; }
 
 // Sizes of an attention's scratch, in words.
 template <class Math>
@@ -25,7 +25,7 @@ struct Shape {
         rows(a.tile_rows * group),
         dim(a.dim),
         depth(ceil_div(a.dim, Math::kPack)),
-        width(width_of(a)) {}
+        width(padded_dim(a)) {}
   int64_t group;  // query heads a KV head
   int64_t rows;   // of a tile: rows times grouped heads
   int64_t dim;
