@@ -17,13 +17,27 @@ struct ForwardLayer {
   Packed down;            // [hidden, intermediate]
 };
 
+// Rows whose final hidden states somebody reads: of the others the last layer computes keys and values alone.
+struct Wanted {
+  const int64_t* rows;  // [count], ascending
+  int64_t count;        // -1: all rows, and the rest means nothing
+  const int32_t* position;  // [count]; this and the rest: as an Attention's, over these rows
+  const int32_t* header;
+  const int32_t* items;
+  const int32_t* parts;
+  const int32_t* merge_rows;
+  const int32_t* merge_ptr;
+  const int32_t* merge_slots;
+  int64_t slots;
+};
+
 struct Forward {
   const ForwardLayer* layers;  // [count]
   int64_t count;
   const void* norm;          // [hidden], the last one
-  void* const* taps;         // [count + 1] where the hidden states before each layer, and the last ones, go; null: nowhere
+  void* const* taps;         // [count + 1] where the hidden states before each layer, and the last ones, go; null: nowhere. The last: of all rows
   float* hidden;             // [rows, hidden] the residual stream, while it runs
-  void* normed;              // [rows, hidden]; the result
+  void* normed;              // [rows, hidden]; the result in its first rows, as many as are wanted
   void* qkv;                 // [rows, (q_heads + 2 kv_heads) dim]; this and the next three: room
   void* q;                   // [rows, q_heads, dim]
   void* attended;            // [rows, q_heads, dim]
@@ -37,6 +51,7 @@ struct Forward {
   UnpackRows unpack;         // a packed one
   RopeAndStore rope;         // of the first layer, but for its angles
   Attention attention;       // likewise
+  Wanted wanted;
 };
 
 }  // namespace whispers

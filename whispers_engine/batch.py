@@ -12,7 +12,7 @@ from whispers_kernels import Plan, Segment
 from whispers_kernels.schedule import next_boundary
 
 from .kv_cache import Lease, PagePool, Role
-from .model import Batch
+from .model import Batch, Wanted
 
 
 @dataclass(eq=False)
@@ -32,6 +32,7 @@ class Span:
     lease: Lease | None = None  # where its pages come from
     computed: int = 0  # how many have their keys in the pages
     room: int = 0  # of a branch that generates: positions that its lease has reserved pages for
+    scored: bool = False  # an option: each of its tokens predicts the next
     pages: list[int] = field(default_factory=list)
 
     @property
@@ -42,6 +43,12 @@ class Span:
     def pending(self) -> int:
         return len(self.ids) - self.computed
 
+    def wanted(self, rows: int) -> int:
+        """How many of its next rows' final hidden states somebody reads, the last ones: those that predict a token."""
+        if self.scored:
+            return rows
+        return 1 if self.role == "branch" and rows == self.pending else 0
+
 
 class Work(NamedTuple):
     """The next `rows` positions of a span are to be computed. Its pages are there."""
@@ -51,25 +58,29 @@ class Work(NamedTuple):
 
 
 def build_batch(
-    work: list[Work], pool: PagePool, vocab_size: int, device: torch.device
-) -> tuple[Batch, dict[Span, int]]:
+    work: list[Work], pool: PagePool, vocab_size: int, device: torch.device, all_wanted: bool = False
+) -> tuple[Batch, Layout]:
     """Lays the work's rows out depth first, so that whoever shares a span is consecutive.
 
-    Returns:
-        The batch, and every worked span's first row.
+    Args:
+        all_wanted: whether the final hidden states of all rows are, not of those alone that predict a token.
     """
-    layout = Layout(work, pool.page_size, vocab_size)
+    layout = Layout(work, pool.page_size, vocab_size, all_wanted)
     ids = torch.tensor(layout.ids, dtype=torch.int64).to(device, non_blocking=True)
     slots = torch.tensor(layout.slots, dtype=torch.int64).to(device, non_blocking=True)
     soft = torch.cat(layout.soft) if layout.soft else None
     plan = Plan.from_segments(layout.segments, layout.positions, device)
-    return Batch(ids, soft, slots, plan), layout.first_row
+    wanted = None
+    if len(layout.wanted) < len(layout.ids):
+        rows = torch.tensor(layout.wanted, dtype=torch.int64).to(device, non_blocking=True)
+        wanted = Wanted(rows, plan.of_rows(layout.wanted))
+    return Batch(ids, soft, slots, plan, wanted), layout
 
 
 class Layout:
     """The columns of a batch, on the host."""
 
-    def __init__(self, work: list[Work], page_size: int, vocab_size: int):
+    def __init__(self, work: list[Work], page_size: int, vocab_size: int, all_wanted: bool = False):
         self.page_size = page_size
         self.vocab_size = vocab_size
         self.ids: list[int] = []
@@ -78,7 +89,10 @@ class Layout:
         self.soft: list[Tensor] = []
         self.soft_rows = 0
         self.segments: list[Segment] = []
+        self.all_wanted = all_wanted
+        self.wanted: list[int] = []  # rows whose final hidden states are, in order
         self.first_row: dict[Span, int] = {}
+        self.last_state: dict[Span, int] = {}  # where among those of the wanted rows a span's last one is
         self.segment_of: dict[Span, int] = {}  # the segment of a worked span's own keys
         self._counts = dict(work)
         self._children: dict[Span, list[Span]] = {}
@@ -152,5 +166,9 @@ class Layout:
             self.soft.append(span.soft)
             self.soft_rows += span.soft.shape[0]
         self.ids.extend(new)
+        end, wanted = len(self.ids), count if self.all_wanted else span.wanted(count)
+        if wanted:
+            self.wanted.extend(range(end - wanted, end))
+            self.last_state[span] = len(self.wanted) - 1
         self.positions.extend(span.begin + offset for offset in rows)
         self.slots.extend(span.pages[o // self.page_size] * self.page_size + o % self.page_size for o in rows)

@@ -101,7 +101,7 @@ class Intake:
             room = self._max_position - question_tokens - _prompt_tokens(member)
             branch = Branch(name, weight, context, span, text, _noise(name), min(request.sampling.max_tokens, room))
             if options is not None:
-                branch.options = [Span("branch", span.end, ids[:-1], parent=span) for ids in options]
+                branch.options = [Span("branch", span.end, ids[:-1], parent=span, scored=True) for ids in options]
                 branch.option_logprobs = [0.0] * len(options)
             branches.append(branch)
         if seats is None:

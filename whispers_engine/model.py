@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,13 @@ if TYPE_CHECKING:
     from whispers_kernels.cpp.forward import Forward
 
 
+class Wanted(NamedTuple):
+    """Rows of a step whose final hidden states somebody reads."""
+
+    rows: Tensor  # int64 [W], ascending
+    plan: Plan  # of those rows alone
+
+
 @dataclass(frozen=True)
 class Batch:
     """The rows of one step, on the model's device."""
@@ -30,6 +37,7 @@ class Batch:
     soft: Tensor | None  # [P, hidden] virtual token embeddings of this step's rows
     slots: Tensor  # int64 [R] where each row's key goes in the pool
     plan: Plan
+    wanted: Wanted | None = None  # None: all rows
 
 
 class Model:
@@ -85,11 +93,13 @@ class Model:
         return angle.cos(), angle.sin()
 
     def forward(self, batch: Batch, pool: PagePool, taps: dict[int, Tensor | None] | None = None) -> Tensor:
-        """Writes the rows' keys and values into the pool and returns their final, normalised hidden states `[R, hidden]`.
+        """Writes the rows' keys and values into the pool and returns the final, normalised hidden states of the wanted ones.
+
+        `[W, hidden]`: of rows that nobody wants the last layer computes keys and values alone.
 
         Args:
             taps: its keys are layers whose hidden states `[R, hidden]` are wanted too, numbered as transformers'
-                `hidden_states`; its values are filled in.
+                `hidden_states`; its values are filled in. The final ones only where all rows are wanted.
         """
         taps = {} if taps is None else taps
         if self._packed is None:
@@ -98,7 +108,9 @@ class Model:
         rows = batch.ids.shape[0]
         filled = {layer: torch.empty(rows, self.config.hidden_size, dtype=self.dtype) for layer in taps}
         taps.update(filled)
-        return self._packed(batch.ids, batch.soft, self._inverse, batch.slots, pool.k, pool.v, batch.plan, filled)
+        return self._packed(
+            batch.ids, batch.soft, self._inverse, batch.slots, pool.k, pool.v, batch.plan, filled, batch.wanted
+        )
 
     def _compose(
         self, batch: Batch, pool: PagePool, cos: Tensor, sin: Tensor, taps: dict[int, Tensor | None]
@@ -111,6 +123,7 @@ class Model:
             config.kv_heads * config.head_dim,
             config.kv_heads * config.head_dim,
         ]
+        plan = batch.plan
         x = embed_rows(batch.ids, weights.embeddings, batch.soft, impl=impl)  # [R, hidden]
         residual: Tensor | None = None
         for index, layer in enumerate(weights.layers):
@@ -125,7 +138,12 @@ class Model:
                 q = cast(Tensor, rms_norm(q, layer.q_norm, config.norm_eps, impl=impl))
                 k = cast(Tensor, rms_norm(k, layer.k_norm, config.norm_eps, impl=impl))
             q = rope_and_store(q, k, v, cos, sin, batch.slots, pool.k[index], pool.v[index], impl=impl)
-            attended = cast(Tensor, committee_attention(q, pool.k[index], pool.v[index], batch.plan, impl=impl))
+            if batch.wanted is not None and index == config.num_layers - 1:
+                rows, plan = batch.wanted
+                if not len(rows):
+                    return x.new_empty(0, config.hidden_size)
+                q, residual = q[rows], residual[rows]
+            attended = cast(Tensor, committee_attention(q, pool.k[index], pool.v[index], plan, impl=impl))
             x = F.linear(attended.flatten(1), layer.out, layer.out_bias)
             x, residual = self._norm(x, layer.mlp_norm, residual)
             x = F.linear(

@@ -6,7 +6,7 @@ import math
 import time
 from collections import deque
 from itertools import accumulate
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +23,14 @@ from .sampling import sample
 from .task import Branch, Context, Task
 
 _LOGIT_ROWS = 256  # rows of logits held at once: 50 MB of float32 at a vocabulary of 49152
+
+
+class Computed(NamedTuple):
+    """What a forward gave."""
+
+    hidden: Tensor  # [W, hidden] the final states of the wanted rows, those of a span behind each other
+    last: dict[Span, int]  # where the last one of a span is
+    first_row: dict[Span, int]  # of all the step's rows
 
 
 class Scheduler:
@@ -70,23 +78,23 @@ class Scheduler:
             task.lease.close()
         task.pins.close()
 
-    def compute(self, work: list[Work], taps: dict[int, Tensor | None] | None = None) -> tuple[Tensor, dict[Span, int]]:
-        """One forward of the given rows, with pages from their spans' leases; returns hidden states and every span's first row.
-
-        `taps`: as `Model.forward`'s.
-        """
+    def compute(self, work: list[Work], taps: dict[int, Tensor | None] | None = None) -> Computed:
+        """One forward of the given rows, with pages from their spans' leases. `taps`: as `Model.forward`'s."""
         for span, count in work:
             while span.lease is not None and len(span.pages) < self.pool.pages_for(span.computed + count):
                 span.pages.append(span.lease.take(span.role))
         found = None if self.decoder is None or taps else self.decoder.run(work)
         if found is None:
-            batch, first_row = build_batch(work, self.pool, self.model.config.vocab_size, self.model.device)
-            hidden = self.model.forward(batch, self.pool, taps)
+            config = self.model.config
+            all_wanted = taps is not None and config.num_layers in taps
+            batch, layout = build_batch(work, self.pool, config.vocab_size, self.model.device, all_wanted)
+            computed = Computed(self.model.forward(batch, self.pool, taps), layout.last_state, layout.first_row)
         else:
-            hidden, first_row = found
+            hidden, rows = found
+            computed = Computed(hidden, rows, rows)
         for span, count in work:
             span.computed += count
-        return hidden, first_row
+        return computed
 
     @torch.no_grad()
     def step(self) -> None:
@@ -109,15 +117,15 @@ class Scheduler:
         counts = dict(work)
         readings = [reading for task in self._running for reading in task.readings if reading.span in counts]
         taps: dict[int, Tensor | None] = {reading.layer: None for reading in readings}
-        hidden, first_row = self.compute(work, taps)
+        computed = self.compute(work, taps)
         for reading in readings:
-            rows, row, count = taps[reading.layer], first_row[reading.span], counts[reading.span]
+            rows, row, count = taps[reading.layer], computed.first_row[reading.span], counts[reading.span]
             assert rows is not None
             reading.add(rows[row : row + count], count, self.pool)
         self._publish(counts)
         self._decide()
-        self._score(hidden, first_row, counts)
-        self._generate(hidden, first_row, counts)
+        self._score(computed, counts)
+        self._generate(computed, counts)
         for task in [task for task in self._running if task.done]:
             task.clock.ended = time.perf_counter()
             self.abort(task)  # pages first: whatever the closing events lead to, they are back
@@ -222,23 +230,22 @@ class Scheduler:
             for page, page_hash in zip(context.span.pages[:full], context.hashes[:full], strict=True):
                 self.pool.publish(page, page_hash)
 
-    def _score(self, hidden: Tensor, first_row: dict[Span, int], counts: dict[Span, int]) -> None:
+    def _score(self, computed: Computed, counts: dict[Span, int]) -> None:
         """Adds the log-probabilities of the option tokens that this step's rows predict."""
-        uses: list[tuple[int, int, Branch, int]] = []  # row, the token it predicts, whose, of which option
+        hidden, last, _ = computed
+        uses: list[tuple[int, int, Branch, int]] = []  # hidden state, the token it predicts, whose, of which option
         for task in self._running:
             if task.options is None:
                 continue
             before = len(uses)
             for branch in task.branches:
                 if branch.span in counts and not branch.span.pending:
-                    row = first_row[branch.span] + counts[branch.span] - 1
-                    uses += [(row, ids[0], branch, option) for option, ids in enumerate(task.options)]
+                    uses += [(last[branch.span], ids[0], branch, option) for option, ids in enumerate(task.options)]
                 for option, span in enumerate(branch.options):
-                    count = counts.get(span, 0)
-                    targets = task.options[option][span.computed - count + 1 : span.computed + 1]
-                    uses += [
-                        (first_row[span] + at, target, branch, option) for at, target in enumerate(targets) if count
-                    ]
+                    if span in counts:
+                        first = 1 - counts[span]
+                        targets = task.options[option][span.computed + first : span.computed + 1]
+                        uses += [(last[span] + first + at, target, branch, option) for at, target in enumerate(targets)]
             if len(uses) > before and not task.clock.first_result:
                 task.clock.first_result = time.perf_counter()
         rows = sorted({row for row, *_ in uses})
@@ -252,7 +259,7 @@ class Scheduler:
             for (_, _, branch, option), value in zip(mine, logp.tolist(), strict=True):
                 branch.option_logprobs[option] += value
 
-    def _generate(self, hidden: Tensor, first_row: dict[Span, int], counts: dict[Span, int]) -> None:
+    def _generate(self, computed: Computed, counts: dict[Span, int]) -> None:
         """Chooses the next token of every branch, or pool of branches, that has all its hidden states."""
         groups: list[tuple[Task, list[Branch]]] = []
         for task in self._running:
@@ -261,7 +268,7 @@ class Scheduler:
             live = [branch for branch in task.branches if branch.finish_reason is None]
             for branch in live:
                 if branch.span in counts and not branch.span.pending:
-                    branch.hidden = hidden, first_row[branch.span] + counts[branch.span] - 1
+                    branch.hidden = computed.hidden, computed.last[branch.span]
             ready = [branch for branch in live if branch.hidden is not None]
             if not task.pooled:
                 groups += [(task, [branch]) for branch in ready]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, chain
 from typing import NamedTuple
 
@@ -71,6 +71,15 @@ class Plan:
             tensors = to_device(work_columns(schedule), self.position.device)
             self._work[tile_rows] = Work(tensors, tile_rows, schedule.slots, schedule.in_place)
         return self._work[tile_rows]
+
+    def of_rows(self, rows: Sequence[int]) -> Plan:
+        """The plan of some of the rows alone, given in ascending order; they see what they saw."""
+        chosen, columns = np.array(rows, dtype=np.int64), self.columns
+        ends = (np.searchsorted(chosen, end).astype(np.int32) for end in (columns.row_begin, columns.row_end))
+        columns = Columns(columns.position[chosen], columns.length, columns.key_begin, *ends)
+        moved = to_device([columns.position, columns.row_begin, columns.row_end], self.position.device)
+        position, row_begin, row_end = moved
+        return replace(self, position=position, row_begin=row_begin, row_end=row_end, columns=columns, _work={})
 
     @classmethod
     def from_segments(

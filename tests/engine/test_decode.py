@@ -27,6 +27,7 @@ from whispers_engine.bench.llama import SHAPES, random_weights
 from whispers_engine.bench.steps import Prompt, Rig
 from whispers_engine.decode import Decoder
 from whispers_engine.request import Event
+from whispers_engine.scheduler import Computed
 from whispers_kernels import available_impls
 
 PAGE = 8
@@ -464,11 +465,13 @@ def test_a_rows_bits_are_its_own_in_any_company(llama: Tiny, monkeypatch: pytest
         plans.append([*zip(*(c.tolist() for c in (columns.length, columns.row_begin, columns.row_end)), strict=True)])
         return forward(batch, pool, taps)
 
-    def keep(work: list[Work], taps: Any) -> tuple[Tensor, dict[Span, int]]:
-        found, row = compute(work, taps)
-        hidden.append({(span.begin, *span.ids): found[row[span] : row[span] + count] for span, count in work})
-        return found, row
+    def keep(work: list[Work], taps: Any) -> Computed:
+        found = compute(work, taps)
+        ends = {span: found.last[span] + 1 for span, _ in work}
+        hidden.append({(span.begin, *span.ids): found.hidden[ends[span] - count : ends[span]] for span, count in work})
+        return found
 
+    monkeypatch.setattr(Span, "wanted", lambda _, rows: rows)
     monkeypatch.setattr(engine.model, "forward", look)
     monkeypatch.setattr(engine._scheduler, "compute", keep)
     mine = ([*shared, 8, 9], header)

@@ -19,8 +19,8 @@ from .likeliest import likeliest_of
 from .linear import PackedLinear
 from .packing import Memory
 
-# A Forward of csrc/forward_args.h: itself, then its EmbedRows, UnpackRows, RopeAndStore and Attention.
-_forward = operation("forward", "17qd" + "12q" + "17q" + "32q" + "36q2d")
+# A Forward of csrc/forward_args.h: itself, then its EmbedRows, UnpackRows, RopeAndStore, Attention and Wanted.
+_forward = operation("forward", "17qd" + "12q" + "17q" + "32q" + "36q2d" + "10q")
 _OUT = 5 * 8  # where in it the result's place is
 
 
@@ -64,7 +64,7 @@ class Sizes:
 
 
 class _Step(NamedTuple):
-    """What a forward is over, but for soft prompts and taps; as in `Forward.__call__`."""
+    """What a forward is over, but for soft prompts, taps and wanted rows; as in `Forward.__call__`."""
 
     ids: Tensor
     inverse: Tensor
@@ -162,6 +162,7 @@ class Forward:
         v: Tensor,
         plan: Plan,
         taps: Mapping[int, Tensor],
+        wanted: tuple[Tensor, Plan] | None = None,
     ) -> Tensor:
         """Writes the rows' keys and values into the pool and returns their final, normalised hidden states `[R, hidden]`.
 
@@ -173,22 +174,37 @@ class Forward:
             k, v: `[layers, N, page_size, Hkv, D]`, contiguous, in the weights' dtype; or in panels (`whispers_kernels.panels`).
             plan: of R rows.
             taps: tensors `[R, hidden]` to fill, by layer: 0 before the first, ..., and the final states.
+            wanted: the rows whose final hidden states are wanted, int64 `[W]`, ascending, and the plan of those alone; the result
+                is `[W, hidden]` then.
+
+        Raises:
+            ValueError: pages in panels that do not suit; the final states of all rows, where only some are wanted.
         """
+        if wanted is not None and self._count in taps:
+            raise ValueError(
+                f"taps: {self._count}, the final states; accepted with wanted rows: 0 to {self._count - 1}"
+            )
         out = torch.empty(ids.shape[0], self._width, dtype=self._dtype)
         step = _Step(ids, inverse, slots, k, v, plan, self._working(ids.shape[0]))
         soft = None if soft is None else dense(soft)
-        if taps or soft is not None or not isinstance(plan, FixedPlan):
+        if taps or wanted or soft is not None or not isinstance(plan, FixedPlan):
             tapped = self._places(taps)
-            block = self._arguments(step, soft, tapped)
+            block = self._arguments(step, soft, tapped, wanted)
         else:
             # The next step of the same plan differs in the result's place alone.
             if self._last_of is None or not all(map(operator.is_, step, self._last_of)):
-                self._last, self._last_of = self._arguments(step, None, self._untapped), step
+                self._last, self._last_of = self._arguments(step, None, self._untapped, None), step
             block = self._last
         _forward.run(block[:_OUT] + struct.pack("=q", address(out)) + block[_OUT + 8 :])
-        return out
+        return out if wanted is None else out[: wanted[0].shape[0]]
 
-    def _arguments(self, step: _Step, soft: Tensor | None, tapped: ctypes.Array[ctypes.c_char]) -> bytes:
+    def _arguments(
+        self,
+        step: _Step,
+        soft: Tensor | None,
+        tapped: ctypes.Array[ctypes.c_char],
+        wanted: tuple[Tensor, Plan] | None,
+    ) -> bytes:
         """A `Forward` of csrc, without the result's place."""
         ids, inverse, slots, k, v, plan, room = step
         rows, s = ids.shape[0], self._sizes
@@ -197,7 +213,8 @@ class Forward:
         if not panels:
             check_pages(k[0], v[0], None, None)
         kind, page_kind = dtype_of(self._norm), dtype_of(k)
-        work = plan.work(tile_rows(self._dtype, k.dtype, q_heads // kv_heads, dim, ids.device))
+        tile = tile_rows(self._dtype, k.dtype, q_heads // kv_heads, dim, ids.device)
+        work = plan.work(tile)
         hidden, angles, qkv, q, attended, gated = room
         soft_row, soft_kind = (0, kind) if soft is None else (soft.stride(0), dtype_of(soft))
         packed = self._table is None
@@ -236,6 +253,8 @@ class Forward:
             *map(address, (plan.length, plan.key_begin, *work.tensors)),
             *(q_heads, kv_heads, dim, page_size, work.tile_rows, work.slots, q_heads * dim, dim),
             *(*layouts, kind, page_kind, panels, 0, dim**-0.5, 0.0),
+            # Wanted
+            *((0, -1, *[0] * 8) if wanted is None else _wanted(*wanted, tile)),
         )
 
     def _places(self, taps: Mapping[int, Tensor]) -> ctypes.Array[ctypes.c_char]:
@@ -253,3 +272,8 @@ class Forward:
             single = [torch.empty(rows, width, dtype=torch.float32) for width in (self._width, s.head_dim)]
             self._room = rows, [*single, *room]
         return self._room[1]
+
+
+def _wanted(rows: Tensor, plan: Plan, tile: int) -> tuple[int, ...]:
+    work = plan.work(tile)
+    return address(rows), rows.shape[0], *map(address, (plan.position, *work.tensors)), work.slots
