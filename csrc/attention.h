@@ -38,7 +38,7 @@ struct Workspace {
     value_vecs = pieces.take<const float*>(kKeys / kLeastPage * (s.width / W));
     scores = pieces.take<float>(kStrip * kKeys);
     weights = pieces.take<float>(kStrip * kKeys);
-    shrink = pieces.take<float>(kStrip);
+    shrink = pieces.take<float>(kLanes);
     acc = pieces.take<float>(s.rows * s.width);
     all_acc = pieces.take<float>(s.rows * s.width);
     sums = pieces.take<Sum>(s.rows);
@@ -59,17 +59,31 @@ struct Workspace {
 constexpr Sum kNothing = {-__builtin_inff(), 0.0f};
 inline bool is_nothing(const Sum& sum) { return sum.top == -__builtin_inff() && sum.total == 0.0f; }
 
-// Merges a partial result into those before it; one that saw nothing changes nothing.
-inline void fold(float* all_acc, Sum& all, const float* acc, const Sum& sum, int64_t dim) {
-  if (is_nothing(sum)) return;
-  const float top = sum.top > all.top ? sum.top : all.top, base = top == -__builtin_inff() ? 0.0f : top;
-  const float factor = first_of(exp2(splat((sum.top > all.top ? all.top : sum.top) - base)));  // of the one with the lower top
-  const float left = sum.top > all.top ? factor : 1.0f, right = sum.top > all.top ? 1.0f : factor;
-  all.total = __builtin_fmaf(sum.total, right, all.total * left);
-  all.top = top;
-  for (int64_t at = 0; at < dim; at += W) {
-    const int64_t n = dim - at;
-    store(all_acc + at, fma(load(acc + at, n), splat(right), load(all_acc + at, n) * splat(left)), n);
+// Merges partial results, [lines, width] and a sum each, into those before them; one that saw nothing changes nothing.
+inline void fold(float* all_acc, Sum* all, const float* acc, const Sum* sums, int64_t lines, int64_t width) {
+  for (int64_t begin = 0; begin < lines; begin += W) {  // lines' factors W at a time: one after the other, their exponentials would be waited for
+    const int64_t count = smaller(W, lines - begin);
+    alignas(64) float top[W] = {}, total[W] = {}, all_top[W] = {}, all_total[W] = {}, left[W], right[W];
+    for (int64_t i = 0; i < count; ++i) {
+      top[i] = sums[begin + i].top;
+      total[i] = sums[begin + i].total;
+      all_top[i] = all[begin + i].top;
+      all_total[i] = all[begin + i].total;
+    }
+    const Vec most = max(load(top), load(all_top)), base = or_zero(most);
+    const Vec of_all = exp2(load(all_top) - base), of_this = exp2(load(top) - base);
+    store(left, of_all);
+    store(right, of_this);
+    store(all_top, most);
+    store(all_total, fma(load(total), of_this, load(all_total) * of_all));
+    for (int64_t i = 0; i < count; ++i) {
+      all[begin + i] = {all_top[i], all_total[i]};
+      if (is_nothing(sums[begin + i])) continue;  // its numbers may never have been written
+      const Vec l = splat(left[i]), r = splat(right[i]);
+      float* to = all_acc + (begin + i) * width;
+      const float* from = acc + (begin + i) * width;
+      for (int64_t at = 0; at < width; at += W) store(to + at, fma(load(from + at), r, load(to + at) * l));
+    }
   }
 }
 
@@ -129,7 +143,7 @@ class Item {
     for (int64_t i = 0; i < tall_; ++i) w_.all_sums[i] = kNothing;
     for (int64_t part = item[2]; part < item[3]; ++part) {
       attend(part);
-      for (int64_t i = 0; i < tall_; ++i) fold(w_.all_acc + i * s_.width, w_.all_sums[i], w_.acc + i * s_.width, w_.sums[i], s_.dim);
+      fold(w_.all_acc, w_.all_sums, w_.acc, w_.sums, tall_, s_.width);
     }
     each([&](int64_t i, int64_t row, int64_t head) {
       const int64_t index = row * a_.q_heads + head;
@@ -235,11 +249,10 @@ class Item {
                           w_.shrink, meanwhile);
     bool all_fresh = true;  // fresh: a row whose `acc` holds nothing yet, not even zeros
     for (int64_t i = begin; i < end; ++i) all_fresh = all_fresh && is_nothing(w_.sums[i]);
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t at = i - begin;
-      if (!all_fresh && is_nothing(w_.sums[i])) __builtin_memset(w_.acc + i * s_.width, 0, s_.width * sizeof(float));
-      w_.shrink[at] = weigh<Math>(w_.scores + at * kKeys, w_.weights + at * weights_row, w_.seen[i], keys, how_, *w_.at, w_.sums[i]);
+    for (int64_t i = begin; !all_fresh && i < end; ++i) {
+      if (is_nothing(w_.sums[i])) __builtin_memset(w_.acc + i * s_.width, 0, s_.width * sizeof(float));
     }
+    weigh<Math>(w_.scores, w_.weights, w_.seen + begin, end - begin, keys, how_, *w_.at, w_.sums + begin, w_.shrink);
     const auto add_values = all_fresh ? multiply<Math, false, decltype(meanwhile)> : multiply<Math, true, decltype(meanwhile)>;
     add_values(end - begin, s_.width / W, w_.weights, weights_row, values_, w_.acc + begin * s_.width, s_.width, ceil_div(keys, Math::kPack),
                w_.shrink, meanwhile);
@@ -271,7 +284,7 @@ void merge_rows(const Attention& a, const Partials& partials, const Crew& crew) 
     for (int64_t i = 0; i < group; ++i) sums[i] = kNothing;
     for (int64_t at = a.merge_ptr[index]; at < a.merge_ptr[index + 1]; ++at) {
       const int64_t line = (kv_head * a.slots + a.merge_slots[at]) * group;
-      for (int64_t i = 0; i < group; ++i) fold(acc + i * width, sums[i], partials.acc + (line + i) * width, partials.sums[line + i], a.dim);
+      fold(acc, sums, partials.acc + line * width, partials.sums + line, group, width);
     }
     for (int64_t i = 0; i < group; ++i) {
       const int64_t to = a.merge_rows[index] * a.q_heads + kv_head * group + i;

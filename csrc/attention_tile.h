@@ -13,6 +13,7 @@ constexpr int64_t kKeys = 256;
 constexpr int64_t kLeastPage = 16;  // in panels
 // Rows whose scores are made, weighed and used before the next, so that they stay in the first cache beside the keys: 12 KB.
 constexpr int64_t kStrip = 12;
+constexpr int64_t kLanes = 16;  // as many, up to whole vectors
 
 // Numbers of a value, whole vectors of them.
 inline int64_t padded_dim(const Attention& a) { return ceil_div(a.dim, W) * W; }
@@ -205,25 +206,32 @@ struct Sum {
   float top, total;
 };
 
-// Weighs one row's scores by 2^(exponent - top) and returns what everything before is to be multiplied by. Masks are applied after the
-// arithmetic: a row is rounded alike whatever it sees. `keys` of the block's kKeys have scores.
-template <class Math>
-inline float weigh(float* scores, float* weights, Seen seen, int64_t keys, const Scaling& how, const Located& at, Sum& sum_so_far) {
-  constexpr int64_t step = int64_t{W} * Math::kPack;
-  const int64_t last = ceil_div(keys, step) * step;
-  const int64_t begin = seen.begin / step * step, end = seen.begin < seen.end ? ceil_div(seen.end, step) * step : begin;
-  const auto clear = [&](int64_t from, int64_t to) {
-    for (int64_t i = from / Math::kPack; i < to / Math::kPack; i += W) store(weights + i, zero());
-  };
-  if (begin >= end) {
-    clear(0, last);
-    return 1.0f;
-  }
-  clear(0, begin);
-  clear(end, last);
+// The largest exponent as what others are relative to: 2^(-inf - 0) = 0, where 2^(-inf - -inf) would be NaN.
+inline Vec or_zero(Vec top) { return select(equal(top, minus_infinity()), zero(), top); }
 
+// What a step of the softmax passes over of a row's scores: whole steps from the first key that it sees to the last.
+template <class Math>
+struct Passed {
+  static constexpr int64_t kStep = int64_t{W} * Math::kPack;
+  explicit Passed(const Seen& seen)
+      : seen(seen),
+        begin(seen.begin / kStep * kStep),
+        end(seen.begin < seen.end ? ceil_div(seen.end, kStep) * kStep : begin),
+        whole(seen.begin == begin && seen.end == end) {}
+  // Applied after the arithmetic: a row is rounded alike whatever it sees.
+  Vec or_else(int64_t i, Vec x, Vec masked) const {
+    return whole ? x : select(outside(first(seen.end - i), first(seen.begin - i)), x, masked);
+  }
+  const Seen& seen;
+  int64_t begin, end;
+  bool whole;
+};
+
+// A row's largest exponents, one of each lane. Scores get their factors and softcap.
+template <class Math>
+inline Vec top_exponents(float* scores, const Passed<Math>& keys, const Scaling& how, const Located& at) {
   if (how.factors || how.capped) {
-    for (int64_t i = begin; i < end; i += W) {
+    for (int64_t i = keys.begin; i < keys.end; i += W) {
       Vec x = load(scores + i);
       if (how.factors) x = x * load(at.key_factor + i);
       if (how.capped) x = tanh(x * splat(how.inner));
@@ -231,34 +239,67 @@ inline float weigh(float* scores, float* weights, Seen seen, int64_t keys, const
     }
   }
   const Vec outer = splat(how.outer);
-  const bool whole = seen.begin == begin && seen.end == end;
-  const auto mask_at = [&](int64_t i) { return outside(first(seen.end - i), first(seen.begin - i)); };
-
   Vec most = minus_infinity();
-  for (int64_t i = begin; i < end; i += W) {
-    Vec exponent = load(scores + i) * outer;
-    if (!whole) exponent = select(mask_at(i), exponent, minus_infinity());
-    most = max(exponent, most);  // `most` where a score is NaN: the sum will tell
+  for (int64_t i = keys.begin; i < keys.end; i += W) {
+    most = max(keys.or_else(i, load(scores + i) * outer, minus_infinity()), most);  // `most` where a score is NaN: the sum will tell
   }
-  const float found = largest(most), top = found > sum_so_far.top ? found : sum_so_far.top;
-  const float base = top == -__builtin_inff() ? 0.0f : top;  // 2^(-inf - 0) = 0, not NaN
-  const Vec less_base = splat(-base);
+  return most;
+}
+
+// A row's weights 2^(exponent - base); zeros up to `last` where it sees no keys. Returns their sums, one of each lane.
+template <class Math>
+inline Vec weigh_row(const float* scores, float* weights, const Passed<Math>& keys, int64_t last, float base, const Scaling& how,
+                     const Located& at) {
+  const auto clear = [&](int64_t from, int64_t to) {
+    for (int64_t i = from / Math::kPack; i < to / Math::kPack; i += W) store(weights + i, zero());
+  };
+  clear(0, keys.begin);
+  clear(keys.end, last);
+  const Vec outer = splat(how.outer), less_base = splat(-base);
   Vec part[2] = {zero(), zero()};
-  for (int64_t i = begin; i < end; i += step) {
+  for (int64_t i = keys.begin; i < keys.end; i += keys.kStep) {
     Vec weight[Math::kPack];
 #pragma GCC unroll 2
     for (int j = 0; j < Math::kPack; ++j) {
-      weight[j] = Math::exp2(fma(load(scores + i + j * W), outer, less_base));
-      if (!whole) weight[j] = select(mask_at(i + j * W), weight[j], zero());
+      weight[j] = keys.or_else(i + j * W, Math::exp2(fma(load(scores + i + j * W), outer, less_base)), zero());
       part[j] = part[j] + weight[j];
       if (how.factors) weight[j] = weight[j] * load(at.value_factor + i + j * W);
     }
     Math::store_words(weights + i / Math::kPack, weight);
   }
-  const float shrink = top == sum_so_far.top ? 1.0f : first_of(exp2(splat(sum_so_far.top - base)));
-  sum_so_far.total = __builtin_fmaf(sum_so_far.total, shrink, sum(part[0] + part[1]));
-  sum_so_far.top = top;
-  return shrink;
+  return part[0] + part[1];
+}
+
+// Weighs the scores of a strip's rows, and sets `shrink` to what everything before is to be multiplied by. `keys` of the block's kKeys have
+// scores. All rows' lanes are taken together at once: one row after the other, their chains of shuffles would be waited for.
+template <class Math>
+inline void weigh(float* scores, float* weights, const Seen* seen, int64_t rows, int64_t keys, const Scaling& how, const Located& at,
+                  Sum* sums, float* shrink) {
+  constexpr int64_t step = Passed<Math>::kStep;
+  const int64_t last = ceil_div(keys, step) * step;
+  alignas(64) float lanes[kLanes * W], top[kLanes], total[kLanes], base[kLanes];
+  for (int64_t i = 0; i < rows; ++i) {
+    top[i] = sums[i].top;
+    total[i] = sums[i].total;
+    store(lanes + i * W, top_exponents(scores + i * kKeys, Passed<Math>(seen[i]), how, at));
+  }
+  for (int64_t i = rows; i < kLanes; ++i) {
+    top[i] = total[i] = 0.0f;
+    store(lanes + i * W, zero());
+  }
+  for (int64_t i = 0; i < rows; i += W) {
+    const Vec before = load(top + i), now = max(across<max>(lanes + i * W), before);
+    const Vec from = or_zero(now);
+    store(top + i, now);
+    store(base + i, from);
+    store(shrink + i, exp2(before - from));
+  }
+  for (int64_t i = 0; i < rows; ++i) {
+    const Passed<Math> passed(seen[i]);
+    store(lanes + i * W, weigh_row(scores + i * kKeys, weights + i * (kKeys / Math::kPack), passed, last, base[i], how, at));
+  }
+  for (int64_t i = 0; i < rows; i += W) store(total + i, fma(load(total + i), load(shrink + i), across<add>(lanes + i * W)));
+  for (int64_t i = 0; i < rows; ++i) sums[i] = {top[i], total[i]};
 }
 
 }  // namespace whispers::WHISPERS_ISA

@@ -68,17 +68,7 @@ struct Pairs {
   }
   static Vec first_number(Vec words) { return as_vec(_mm512_and_si512(as_bits(words), splat_bits(0xffff))); }
   static void store_words(float* out, const Vec* x) { store(out, as_vec((__m512i)_mm512_cvtne2ps_pbh(x[1], x[0]))); }
-  // 2^x in 7 instructions instead of 12, off by 1.5e-7 at most, and exactly 1 at 0. One factor less would be off by 3e-6: little beside a
-  // rounding to bf16, but not beside float32's of the log-sum-exp. -inf has fraction 0, and 1 times 2^-inf is 0; NaN stays NaN.
-  static Vec exp2(Vec x) {
-    const Vec f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF);  // x - floor(x)
-    Vec p = splat(1.867130515e-03f);
-    p = fma(p, f, splat(9.017029777e-03f));
-    p = fma(p, f, splat(5.579991266e-02f));
-    p = fma(p, f, splat(2.401644439e-01f));
-    p = fma(p, f, splat(6.931512952e-01f));
-    return _mm512_scalef_ps(fma(p, f, splat(1.0f)), x);  // scales by 2^floor(x)
-  }
+  static Vec exp2(Vec x) { return exp2_22(x); }
 };
 #endif
 

@@ -63,6 +63,34 @@ inline void store(float* p, Vec x, int64_t n) { _mm512_mask_storeu_ps(p, first(n
 inline void store(Bf16* p, Vec x, int64_t n) { _mm256_mask_storeu_epi16(p, first(n), narrow(x, Bf16{})); }
 inline void store(F16* p, Vec x, int64_t n) { _mm256_mask_storeu_epi16(p, first(n), narrow(x, F16{})); }
 
+// Sums of products, which have lost what is below 2^-126 already where there is an instruction for bf16.
+template <class T>
+inline __m256i narrow_sums(Vec x, T kind) {
+#if WHISPERS_LEVEL >= 2
+  if constexpr (__is_same(T, Bf16)) return (__m256i)_mm512_cvtneps_pbh(x);
+#endif
+  return narrow(x, kind);
+}
+inline void store_sums(float* p, Vec x) { store(p, x); }
+template <class T>
+inline void store_sums(T* p, Vec x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_sums(x, T{}));
+}
+// The first 8 lanes and the last 8, `n` of each.
+inline void store_halves(float* low, float* high, Vec x, int64_t n) {
+  const Vec last = _mm512_shuffle_f32x4(x, x, 0xee);
+  if (n < 8) return store(low, x, n), store(high, last, n);
+  _mm256_storeu_ps(low, _mm512_castps512_ps256(x));
+  _mm256_storeu_ps(high, _mm512_castps512_ps256(last));
+}
+template <class T>
+inline void store_halves(T* low, T* high, Vec x, int64_t n) {
+  if (n < 8) return store(low, x, n), store(high, _mm512_shuffle_f32x4(x, x, 0xee), n);
+  const __m256i numbers = narrow_sums(x, T{});
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(low), _mm256_castsi256_si128(numbers));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(high), _mm256_extracti128_si256(numbers, 1));
+}
+
 inline float first_of(Vec x) { return _mm512_cvtss_f32(x); }
 inline float sum(Vec x) { return _mm512_reduce_add_ps(x); }
 inline float largest(Vec x) { return _mm512_reduce_max_ps(x); }
@@ -142,6 +170,11 @@ inline void store(T* p, Vec x, int64_t n) {
   edge.write(p, n);
 }
 
+template <class T>
+inline void store_sums(T* p, Vec x) {
+  store(p, x);
+}
+
 inline float first_of(Vec x) { return _mm256_cvtss_f32(x); }
 inline float sum(Vec x) {
   __m128 half = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
@@ -212,6 +245,22 @@ inline void transpose(Vec (&x)[W]) {
   }
 }
 #endif
+
+// Of W vectors behind each other, each one's lanes taken together: lane i of the result is vector i's.
+inline Vec add(Vec a, Vec b) { return a + b; }
+template <Vec (&two)(Vec, Vec)>
+inline Vec across(const float* vecs) {
+  Vec x[W];
+#pragma GCC unroll 16
+  for (int i = 0; i < W; ++i) x[i] = load(vecs + i * W);
+  transpose(x);
+#pragma GCC unroll 4
+  for (int half = W / 2; half > 0; half /= 2) {
+#pragma GCC unroll 8
+    for (int i = 0; i < half; ++i) x[i] = two(x[i], x[i + half]);
+  }
+  return x[0];
+}
 
 inline Vec zero() { return splat(0.0f); }
 inline Vec minus_infinity() { return splat(-__builtin_inff()); }

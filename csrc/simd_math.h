@@ -23,6 +23,20 @@ inline Vec exp2(Vec x) {
   return times_power_of_2(exp2_of_fraction(x - n), n);
 }
 
+#if WHISPERS_LEVEL >= 1
+// 2^x in 7 instructions instead of 12, off by 1.5e-7 at most, and exactly 1 at 0. One factor less would be off by 3e-6: little beside a
+// rounding to bf16, but not beside float32's of the log-sum-exp. -inf has fraction 0, and 1 times 2^-inf is 0; NaN stays NaN.
+inline Vec exp2_22(Vec x) {
+  const Vec f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF);  // x - floor(x)
+  Vec p = splat(1.867130515e-03f);
+  p = fma(p, f, splat(9.017029777e-03f));
+  p = fma(p, f, splat(5.579991266e-02f));
+  p = fma(p, f, splat(2.401644439e-01f));
+  p = fma(p, f, splat(6.931512952e-01f));
+  return _mm512_scalef_ps(fma(p, f, splat(1.0f)), x);  // scales by 2^floor(x)
+}
+#endif
+
 // e^x for any x.
 inline Vec exp(Vec x) {
   x = min(splat(150.0f), max(splat(-150.0f), x));  // e^±150 is infinity and 0

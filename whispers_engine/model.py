@@ -99,9 +99,15 @@ class Model:
 
         Args:
             taps: its keys are layers whose hidden states `[R, hidden]` are wanted too, numbered as transformers'
-                `hidden_states`; its values are filled in. The final ones only where all rows are wanted.
+                `hidden_states`; its values are filled in.
+
+        Raises:
+            ValueError: the final hidden states of all rows, where only some are wanted.
         """
         taps = {} if taps is None else taps
+        layers = self.config.num_layers
+        if batch.wanted is not None and layers in taps:
+            raise ValueError(f"taps: {layers}, the final states; accepted with wanted rows: 0 to {layers - 1}")
         if self._packed is None:
             cos, sin = self.rotation(batch.plan.position)  # once a step, for all layers
             return self._compose(batch, pool, cos, sin, taps)

@@ -141,7 +141,12 @@ def test_the_least_bytes_are_the_weights() -> None:
     shape = llama.SHAPES["tiny"]
     weights = llama.random_weights(shape, torch.float32, torch.device("cpu"))
     assert weights.nbytes > llama.weight_bytes(weights)  # of the embeddings a step reads its rows alone
-    assert work.Work(shape.config(), 4, weights.nbytes).weights == llama.weight_bytes(weights)
+    least = work.Work(shape.config(), 4, weights.nbytes)
+    assert least.weights == llama.weight_bytes(weights)
+    assert least.prefill(1)[1] == least.decode(1, 1, 0)[1]
+    one, two = (least.prefill(tokens)[1] for tokens in (1, 2))
+    layers = least.config.num_layers
+    assert (layers - 1) / layers * one < two - one + 2 * least._head < one + 2 * least._head
 
 
 class Fake(ModuleType):

@@ -76,6 +76,18 @@ def test_gated(dtype: torch.dtype, shape: tuple[int, int], monkeypatch: pytest.M
 
 
 @every_dtype
+def test_gates_of_any_size(dtype: torch.dtype) -> None:
+    weight = torch.eye(2, dtype=dtype)  # the gate is a row's first number, what it lets through the second
+    gates = [0.0, 1e-3, 1.0, 17.0, 60.0, 87.0, 88.5, 89.0, 200.0, 3e4, torch.finfo(dtype).max / 2]
+    gates += [-gate for gate in gates]
+    x = torch.tensor([[gate, 1.5] for gate in gates], dtype=dtype)
+    want = F.silu(x[:, :1].double()) * 1.5
+    actual = PackedLinear(weight, gated=True)(x).double()
+    # float32 ends at e^88: what is smaller than its inverse may be 0.
+    torch.testing.assert_close(actual, want, rtol=2 * torch.finfo(dtype).eps, atol=max(1e-36, torch.finfo(dtype).tiny))
+
+
+@every_dtype
 @every_shape
 def test_int8(dtype: torch.dtype, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     weight, bias = normal(*shape, dtype=dtype), normal(shape[0], dtype=dtype, seed=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from hypothesis import Phase, given, seed, settings
 from hypothesis import strategies as st
@@ -83,3 +84,8 @@ def test_rows_that_are_kept_see_what_they_saw(case: Case, data: st.DataObject) -
     rows = sorted(data.draw(st.sets(st.integers(0, len(case.positions) - 1))))
     kept = case.keep(rows)
     assert [kept.visible(i) for i in range(len(rows))] == [case.visible(row) for row in rows]
+    plan, want = case.plan().of_rows(rows), kept.plan()
+    for name in ("position", "page_ptr", "pages", "length", "key_begin", "row_begin", "row_end"):
+        assert torch.equal(getattr(plan, name), getattr(want, name))
+    assert all(np.array_equal(got, column) for got, column in zip(plan.columns, want.columns, strict=True))
+    assert plan.num_rows == len(rows)

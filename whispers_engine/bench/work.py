@@ -50,8 +50,13 @@ class Work:
         return moved, experts * (2 * (c.num_layers * self._layer + self._head) + attention)
 
     def prefill(self, tokens: int) -> tuple[float, float]:
-        """Bytes and operations of a prompt from nothing to its last token's logits."""
+        """Bytes and operations of a prompt from nothing to its last token's logits.
+
+        Of all other tokens the last layer's keys and values alone are ever read.
+        """
         c = self.config
-        attention = 4 * c.q_heads * c.head_dim * c.num_layers * tokens * (tokens + 1) / 2
-        flops = 2 * (c.num_layers * self._layer * tokens + self._head) + attention
+        layers, stored = c.num_layers - 1, 2 * c.hidden_size * c.kv_heads * c.head_dim
+        linears = tokens * (layers * self._layer + stored) + self._layer - stored
+        pairs = layers * tokens * (tokens + 1) / 2 + tokens  # of a query and a key
+        flops = 2 * (linears + self._head) + 4 * c.q_heads * c.head_dim * pairs
         return self.weights + self.position * tokens, flops

@@ -173,17 +173,13 @@ class Forward:
             slots: int64 `[R]`; where each row's key goes; -1: nowhere.
             k, v: `[layers, N, page_size, Hkv, D]`, contiguous, in the weights' dtype; or in panels (`whispers_kernels.panels`).
             plan: of R rows.
-            taps: tensors `[R, hidden]` to fill, by layer: 0 before the first, ..., and the final states.
+            taps: tensors `[R, hidden]` to fill, by layer: 0 before the first, ..., and the final states where all rows are wanted.
             wanted: the rows whose final hidden states are wanted, int64 `[W]`, ascending, and the plan of those alone; the result
                 is `[W, hidden]` then.
 
         Raises:
-            ValueError: pages in panels that do not suit; the final states of all rows, where only some are wanted.
+            ValueError: pages in panels that do not suit.
         """
-        if wanted is not None and self._count in taps:
-            raise ValueError(
-                f"taps: {self._count}, the final states; accepted with wanted rows: 0 to {self._count - 1}"
-            )
         out = torch.empty(ids.shape[0], self._width, dtype=self._dtype)
         step = _Step(ids, inverse, slots, k, v, plan, self._working(ids.shape[0]))
         soft = None if soft is None else dense(soft)
