@@ -59,9 +59,10 @@ struct Workspace {
 constexpr Sum kNothing = {-__builtin_inff(), 0.0f};
 inline bool is_nothing(const Sum& sum) { return sum.top == -__builtin_inff() && sum.total == 0.0f; }
 
-// Merges partial results, [lines, width] and a sum each, into those before them; one that saw nothing changes nothing.
+// Merges partial results, [lines, width] and a sum each, into those before them; one that saw nothing changes nothing. Factors are made for W
+// lines at a time: one after the other, their exponentials would be waited for.
 inline void fold(float* all_acc, Sum* all, const float* acc, const Sum* sums, int64_t lines, int64_t width) {
-  for (int64_t begin = 0; begin < lines; begin += W) {  // lines' factors W at a time: one after the other, their exponentials would be waited for
+  for (int64_t begin = 0; begin < lines; begin += W) {
     const int64_t count = smaller(W, lines - begin);
     alignas(64) float top[W] = {}, total[W] = {}, all_top[W] = {}, all_total[W] = {}, left[W], right[W];
     for (int64_t i = 0; i < count; ++i) {
@@ -270,7 +271,6 @@ class Item {
   Scaling how_;
 };
 
-// A row's grouped heads together: their chains of exponentials and sums, one after the other, would be waited for.
 template <class T>
 void merge_rows(const Attention& a, const Partials& partials, const Crew& crew) {
   const int64_t group = a.q_heads / a.kv_heads, width = padded_dim(a);

@@ -35,7 +35,7 @@ struct Forward {
   const ForwardLayer* layers;  // [count]
   int64_t count;
   const void* norm;          // [hidden], the last one
-  void* const* taps;         // [count + 1] where the hidden states before each layer, and the last ones, go; null: nowhere. The last: of all rows
+  void* const* taps;         // [count + 1] where the hidden states before each layer, and the last ones, go; null: nowhere
   float* hidden;             // [rows, hidden] the residual stream, while it runs
   void* normed;              // [rows, hidden]; the result in its first rows, as many as are wanted
   void* qkv;                 // [rows, (q_heads + 2 kv_heads) dim]; this and the next three: room

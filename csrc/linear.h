@@ -147,8 +147,9 @@ inline int64_t words_of_panel(const Packed& p) {
   return words;
 }
 
-// Few rows: all of them, and the thread's own panels, so that weights are read once. Many: its own rows, and all panels: what it goes on with, from the norm
-// before to the one behind, it has written itself. (512 rows while Zen 4's two cores share no cache: 0.97 of the time, else 1.)
+// Few rows: all of them, and the thread's own panels, so that weights are read once. Many: its own rows, and all panels: what a thread goes
+// on with, from the norm before to the one behind, it has written itself. (512 rows on Zen 4: 0.97 of the time while its two cores share no
+// cache, else 1.)
 inline LinearPart part_of(const Linear& a, const Crew& crew) {
   const bool by_rows = a.rows >= kRowsApart * crew.threads;
   const auto panels = [&](const Packed& weights) {
