@@ -46,7 +46,7 @@ struct Packed {
 struct Linear {
   Packed weights;
   const void* x;         // [rows, depth]
-  const void* residual;  // [rows, columns] in out's dtype, added to the result; may be `out`; or null
+  const void* residual;  // [rows, columns] in out's dtype, added to the result; may be `out`; or null, as of a gated matrix
   void* out;             // [rows, columns]
   const Packed* next;    // the matrix that is read after this one: each thread fetches the beginning of its share meanwhile; or null
   int64_t rows, x_row, residual_row, out_row, x_dtype, out_dtype;

@@ -246,8 +246,8 @@ inline void transpose(Vec (&x)[W]) {
 }
 #endif
 
-// Of W vectors behind each other, each one's lanes taken together: lane i of the result is vector i's.
 inline Vec add(Vec a, Vec b) { return a + b; }
+// Of W vectors behind each other, each one's lanes taken together: lane i of the result is vector i's.
 template <Vec (&two)(Vec, Vec)>
 inline Vec across(const float* vecs) {
   Vec x[W];

@@ -200,7 +200,10 @@ def test_refusals() -> None:
         "ids: -1 to 0": lambda: packed.rows(torch.tensor([0, -1])),
         r"soft: \[1, 5\]": lambda: packed.rows(torch.tensor([10]), torch.zeros(1, 5)),
         "dtype: torch.int8": lambda: packed.rows(torch.tensor([0]), dtype=torch.int8),
-        "of a gated matrix": lambda: PackedLinear(weight, gated=True).rows(torch.tensor([0])),
+        "residual: of a gated matrix": lambda: PackedLinear(weight, gated=True)(
+            torch.zeros(1, weight.shape[1]), residual=torch.zeros(1, weight.shape[0] // 2)
+        ),
+        "rows: of a gated matrix": lambda: PackedLinear(weight, gated=True).rows(torch.tensor([0])),
     }.items():
         with pytest.raises(ValueError, match=match):
             call()

@@ -80,14 +80,14 @@ class PackedLinear:
 
         Args:
             x: `[R, K]` float32, bfloat16 or float16 on the CPU.
-            residual: `[R, columns]` of the result's dtype, added before the result is rounded; or None.
+            residual: `[R, columns]` of the result's dtype, added before the result is rounded; or None, as of a gated matrix.
             dtype: of the result: float32, bfloat16 or float16; None: x's.
 
         Returns:
             `[R, columns]`.
 
         Raises:
-            ValueError: another device, dtype or shape.
+            ValueError: another device, dtype or shape; a residual of a gated matrix.
         """
         if x.ndim != 2 or x.shape[1] != self.depth:
             raise ValueError(f"x: {list(x.shape)}; accepted: [rows, {self.depth}]")
@@ -95,6 +95,8 @@ class PackedLinear:
         x = dense(x)
         out = torch.empty((x.shape[0], self.columns), dtype=_result_dtype(dtype or x.dtype))
         if residual is not None:
+            if self.gated:
+                raise ValueError("residual: of a gated matrix; accepted: None")
             if residual.shape != out.shape or residual.dtype != out.dtype or residual.device.type != "cpu":
                 found = f"{list(residual.shape)} {residual.dtype} on {residual.device}"
                 raise ValueError(f"residual: {found}; accepted: {list(out.shape)} {out.dtype} on the CPU")
