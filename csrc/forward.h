@@ -15,7 +15,7 @@
 
 namespace whispers::WHISPERS_ISA {
 
-inline void normalise(const Forward& a, const void* weight, const Crew& crew) {
+inline void normalise(const Forward& a, const void* weight, void* out, const Crew& crew) {
   const Share share = share_of(a.rows, crew);
   with_dtype(a.rope.dtype, [&](auto kind) {
     using T = decltype(kind);
@@ -23,7 +23,7 @@ inline void normalise(const Forward& a, const void* weight, const Crew& crew) {
       using Weight = decltype(weight_kind);
       for (int64_t row = share.begin; row < share.end; ++row) {
         rms_norm_row<float, Weight, T>(a.hidden + row * a.width, nullptr, static_cast<const Weight*>(weight),
-                                       static_cast<T*>(a.normed) + row * a.width, nullptr, a.width, static_cast<float>(a.eps));
+                                       static_cast<T*>(out) + row * a.width, nullptr, a.width, static_cast<float>(a.eps));
       }
     });
   });
@@ -122,7 +122,7 @@ inline void forward(const Forward& all, const Crew& crew) {
   for (int64_t index = 0; index < a.count; ++index) {
     const ForwardLayer& layer = a.layers[index];
     tap(a, index, a.hidden, crew);  // of rows that this thread has written itself, or behind a barrier
-    normalise(a, layer.attn_norm, crew);
+    normalise(a, layer.attn_norm, a.normed, crew);
     crew.barrier();
     linear(product(a, layer.qkv, a.normed, a.width, a.qkv, rope.q_row, &layer.out), crew);
     crew.barrier();
@@ -144,7 +144,7 @@ inline void forward(const Forward& all, const Crew& crew) {
     crew.barrier();
     linear(addition(a, layer.out, a.attended, attended, &layer.gate_up), crew);
     crew.barrier();
-    normalise(a, layer.mlp_norm, crew);
+    normalise(a, layer.mlp_norm, a.normed, crew);
     crew.barrier();
     linear(product(a, layer.gate_up, a.normed, a.width, a.gated, a.intermediate, &layer.down), crew);
     crew.barrier();
@@ -156,8 +156,8 @@ inline void forward(const Forward& all, const Crew& crew) {
     attention.k_pages = rope.k_pages;
     attention.v_pages = rope.v_pages;
   }
-  normalise(a, a.norm, crew);
-  with_dtype(a.rope.dtype, [&](auto kind) { tap(a, a.count, static_cast<const decltype(kind)*>(a.normed), crew); });
+  normalise(a, a.norm, a.out, crew);
+  with_dtype(a.rope.dtype, [&](auto kind) { tap(a, a.count, static_cast<const decltype(kind)*>(a.out), crew); });
 }
 
 // The most that a phase wants: of each thread, and of all together.

@@ -37,8 +37,9 @@ struct Forward {
   const void* norm;          // [hidden], the last one
   void* const* taps;         // [count + 1] where the hidden states before each layer, and the last ones, go; null: nowhere
   float* hidden;             // [rows, hidden] the residual stream, while it runs
-  void* normed;              // [rows, hidden]; the result in its first rows, as many as are wanted
-  void* qkv;                 // [rows, (q_heads + 2 kv_heads) dim]; this and the next three: room
+  void* out;                 // [rows, hidden], or as many as are wanted: the result
+  void* normed;              // [rows, hidden]; this and the next four: room
+  void* qkv;                 // [rows, (q_heads + 2 kv_heads) dim]
   void* q;                   // [rows, q_heads, dim]
   void* attended;            // [rows, q_heads, dim]
   void* gated;               // [rows, intermediate]

@@ -23,11 +23,11 @@ constexpr int64_t kPanelOutputs = kPanelBlocks * kOutputs;
 
 enum WeightKind : int64_t { kFloatWeights = 0, kBf16Weights = 1, kInt8Weights = 2, kShortWeights = 3 };
 
-// A short weight that has no code.
+// A short weight that has no code: a word in which the other number is 0.
 struct Rare {
-  int32_t output;  // in its panel
-  int32_t number;  // in depth
-  float value;
+  int32_t output;  // of its block of kOutputs
+  int32_t step;
+  uint32_t word;
 };
 
 struct Packed {
@@ -35,8 +35,8 @@ struct Packed {
   const float* scale;  // [blocks * 16] of int8 weights: weight = number * scale
   const float* bias;   // [blocks * 16], or null
   const uint8_t* highs;       // [16] of short weights: the high bytes that their codes stand for, 0 first
-  const Rare* rare;           // of short weights, panel by panel
-  const int32_t* rare_begin;  // [panels + 1] in `rare`
+  const Rare* rare;           // of short weights, block by block
+  const int32_t* rare_begin;  // [blocks + 1] in `rare`
   int64_t outputs;     // of the matrix before padding; of a gated one, gates and ups together
   int64_t depth;
   int64_t kind;
@@ -64,8 +64,8 @@ struct Shorten {
   const uint32_t* words;  // the panels of bf16 weights
   const uint8_t* codes;   // [256] of the high bytes; 16: none
   uint8_t* out;           // the panels of short ones
-  Rare* rare;             // [panels, room]
-  int32_t* count;         // [panels] of those without a code; where it is more than `room`, the rest of them is lost
+  Rare* rare;             // [blocks, room]
+  int32_t* count;         // [blocks] of those without a code; where it is more than `room`, the rest of them is lost
   int64_t outputs, depth, room;
 };
 

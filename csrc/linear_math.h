@@ -87,12 +87,6 @@ struct PairWords : PlainSpans, AsStored {
   using Wide = Vec;
   static Wide weight(Vec words) { return words; }
   static Wide left(const float* x) { return splat(*x); }
-  static float number(const float* x, int64_t i) {  // of a row
-    const uint32_t bits = static_cast<uint32_t>(reinterpret_cast<const Bf16*>(x)[i].bits) << 16;
-    float number;
-    __builtin_memcpy(&number, &bits, 4);
-    return number;
-  }
   static Vec multiply(Wide x, Wide w, Vec sum) { return _mm512_dpbf16_ps(sum, (__m512bh)as_bits(x), (__m512bh)as_bits(w)); }
 };
 #else
@@ -102,7 +96,6 @@ struct PairWords : PlainSpans, AsStored {  // x as two floats
   using Wide = Two;
   static Wide weight(Vec words) { return {shift_left(words), high_half(words)}; }
   static Wide left(const float* x) { return {splat(x[0]), splat(x[1])}; }
-  static float number(const float* x, int64_t i) { return x[i]; }
   static Vec multiply(const Wide& x, const Wide& w, Vec sum) { return fma(x.b, w.b, fma(x.a, w.a, sum)); }
 };
 #endif

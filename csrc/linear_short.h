@@ -16,7 +16,8 @@ inline void shorten_panel(const Shorten& a, int64_t panel) {
   const int64_t width = width_of(a.outputs, panel), steps = ceil_div(a.depth, ShortWords::kNumbers), groups = ceil_div(a.depth, kShortNumbers);
   const uint32_t* words = a.words + panel * kPanelOutputs * steps;
   uint8_t* group = a.out + panel * kPanelOutputs * groups * ShortWords::kGroupWords * 4;
-  a.count[panel] = 0;
+  int32_t* counts = a.count + panel * kPanelBlocks;
+  for (int64_t block = 0; block < width / kOutputs; ++block) counts[block] = 0;
   for (int64_t begin = 0; begin < groups * kShortNumbers; begin += kShortNumbers, group += 4 * ShortWords::kGroupWords * width) {
     __builtin_memset(group, 0, 4 * width);
     for (int64_t number = 0; number < kShortNumbers; ++number) {
@@ -24,13 +25,10 @@ inline void shorten_panel(const Shorten& a, int64_t panel) {
       for (int64_t output = 0; output < width; ++output) {
         uint32_t bits = step < steps ? words[step * width + output] >> 16 * (number % 2) & 0xffff : 0;
         if (a.codes[bits >> 8] == kNoCode) {
-          if (a.count[panel] < a.room) {
-            Rare& rare = a.rare[panel * a.room + a.count[panel]];
-            rare = {static_cast<int32_t>(output), static_cast<int32_t>(begin + number), 0.0f};
-            bits <<= 16;
-            __builtin_memcpy(&rare.value, &bits, 4);
+          const int64_t block = panel * kPanelBlocks + output / kOutputs, count = a.count[block]++;
+          if (count < a.room) {
+            a.rare[block * a.room + count] = {static_cast<int32_t>(output % kOutputs), static_cast<int32_t>(step), bits << 16 * (number % 2)};
           }
-          ++a.count[panel];
           bits = 0;
         }
         const int64_t byte = short_byte(output, number);
@@ -56,25 +54,12 @@ inline void unpack_short_row(const Packed& p, int64_t id, float* row) {
     __builtin_memcpy(row + at, &bits, 4);
     if (number == kShortNumbers - 1) group += 4 * ShortWords::kGroupWords * width;
   }
-  for (int32_t at = p.rare_begin[panel]; at < p.rare_begin[panel + 1]; ++at) {
-    if (p.rare[at].output == output) row[p.rare[at].number] = p.rare[at].value;
-  }
-}
-
-// Adds to the sums of a tile what the panel's weights without a code contribute, after all others: a row's bits do not depend on its
-// neighbours. The number of rows is a constant for the compiler: a loop's mispredicted end costs more than the sums.
-template <int kMost = ShortWords::kRows>
-inline void add_rare(const Packed& p, int64_t panel, const float* x, int64_t x_row, int64_t rows, float* sums) {
-  if constexpr (kMost > 1) {
-    if (rows < kMost) return add_rare<kMost - 1>(p, panel, x, x_row, rows, sums);
-  }
-  for (int32_t at = p.rare_begin[panel]; at < p.rare_begin[panel + 1]; ++at) {
+  for (int32_t at = p.rare_begin[id / kOutputs]; at < p.rare_begin[id / kOutputs + 1]; ++at) {
     const Rare& rare = p.rare[at];
-#pragma GCC unroll 8
-    for (int i = 0; i < kMost; ++i) {
-      float& sum = sums[i * kPanelOutputs + rare.output];
-      sum = __builtin_fmaf(ShortWords::number(x + i * x_row, rare.number), rare.value, sum);
-    }
+    if (rare.output != id % kOutputs) continue;
+    const bool second = rare.word >> 16 != 0;
+    const uint32_t bits = second ? rare.word : rare.word << 16;
+    __builtin_memcpy(row + rare.step * ShortWords::kNumbers + second, &bits, 4);
   }
 }
 

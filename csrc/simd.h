@@ -30,6 +30,7 @@ inline Vec round(Vec x) { return _mm512_roundscale_ps(x, 0); }
 
 inline Mask first(int64_t n) { return n >= W ? Mask(0xffff) : n <= 0 ? Mask(0) : Mask((1u << n) - 1); }  // lanes below n
 inline Mask outside(Mask a, Mask b) { return Mask(a & ~b); }                                           // a without b
+inline Mask only(int64_t n) { return outside(first(n + 1), first(n)); }                                // lane n, or none
 inline Mask less(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
 inline Mask equal(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
 inline Vec select(Mask mask, Vec yes, Vec no) { return _mm512_mask_blend_ps(mask, no, yes); }
@@ -121,6 +122,7 @@ inline Mask first(int64_t n) {
   return as_vec(_mm256_cmpgt_epi32(splat_bits(static_cast<int>(smaller(larger(n, 0), W))), lane));
 }
 inline Mask outside(Mask a, Mask b) { return _mm256_andnot_ps(b, a); }
+inline Mask only(int64_t n) { return outside(first(n + 1), first(n)); }
 inline Mask less(Vec a, Vec b) { return _mm256_cmp_ps(a, b, _CMP_LT_OQ); }
 inline Mask equal(Vec a, Vec b) { return _mm256_cmp_ps(a, b, _CMP_EQ_OQ); }
 inline Vec select(Mask mask, Vec yes, Vec no) { return _mm256_blendv_ps(no, yes, mask); }

@@ -20,7 +20,7 @@ from .linear import PackedLinear
 from .packing import Memory
 
 # A Forward of csrc/forward_args.h: itself, then its EmbedRows, UnpackRows, RopeAndStore, Attention and Wanted.
-_forward = operation("forward", "17qd" + "12q" + "17q" + "32q" + "36q2d" + "10q")
+_forward = operation("forward", "18qd" + "12q" + "17q" + "32q" + "36q2d" + "10q")
 _OUT = 5 * 8  # where in it the result's place is
 
 
@@ -180,7 +180,7 @@ class Forward:
         Raises:
             ValueError: pages in panels that do not suit.
         """
-        out = torch.empty(ids.shape[0], self._width, dtype=self._dtype)
+        out = torch.empty((ids if wanted is None else wanted[0]).shape[0], self._width, dtype=self._dtype)
         step = _Step(ids, inverse, slots, k, v, plan, self._working(ids.shape[0]))
         soft = None if soft is None else dense(soft)
         if taps or wanted or soft is not None or not isinstance(plan, FixedPlan):
@@ -192,7 +192,7 @@ class Forward:
                 self._last, self._last_of = self._arguments(step, None, self._untapped, None), step
             block = self._last
         _forward.run(block[:_OUT] + struct.pack("=q", address(out)) + block[_OUT + 8 :])
-        return out if wanted is None else out[: wanted[0].shape[0]]
+        return out
 
     def _arguments(
         self,
@@ -211,7 +211,7 @@ class Forward:
         kind, page_kind = dtype_of(self._norm), dtype_of(k)
         tile = tile_rows(self._dtype, k.dtype, q_heads // kv_heads, dim, ids.device)
         work = plan.work(tile)
-        hidden, angles, qkv, q, attended, gated = room
+        hidden, angles, normed, qkv, q, attended, gated = room
         soft_row, soft_kind = (0, kind) if soft is None else (soft.stride(0), dtype_of(soft))
         packed = self._table is None
         table = self._table if self._table is not None else hidden
@@ -231,7 +231,7 @@ class Forward:
             self._count,
             address(self._norm),
             ctypes.addressof(tapped),
-            *map(address, (hidden, None, qkv, q, attended, gated, inverse, angles)),
+            *map(address, (hidden, None, normed, qkv, q, attended, gated, inverse, angles)),
             *(rows, self._width, self._intermediate, kind, k.stride(0) * k.element_size(), s.norm_eps),
             # EmbedRows
             *(address(ids), 0 if packed else address(table), address(soft), address(hidden)),
@@ -259,14 +259,19 @@ class Forward:
         return ctypes.create_string_buffer(struct.pack(f"={len(layers)}q", *(address(taps.get(n)) for n in layers)))
 
     def _working(self, rows: int) -> list[Tensor]:
-        """Room for hidden states and angles, float32, and for qkv, q, the attended rows and the gated ones, of the most rows so far."""
+        """Room for hidden states and angles, float32, and for normed ones, qkv, q, the attended and the gated, of the most rows so far.
+
+        In huge pages, as the weights: which of its small pages share a place in the second cache is up to chance, and costs a prefill's
+        products 1 to 2 %.
+        """
         if self._room[0] < rows:
             s = self._sizes
             heads = s.q_heads * s.head_dim
-            widths = heads + 2 * s.kv_heads * s.head_dim, heads, heads, self._intermediate
-            room = [torch.empty(rows, width, dtype=self._dtype) for width in widths]
-            single = [torch.empty(rows, width, dtype=torch.float32) for width in (self._width, s.head_dim)]
-            self._room = rows, [*single, *room]
+            widths = self._width, heads + 2 * s.kv_heads * s.head_dim, heads, heads, self._intermediate
+            shapes = [(width, torch.float32) for width in (self._width, s.head_dim)] + [(width, self._dtype) for width in widths]
+            words = [-(-rows * width * dtype.itemsize // 64) * 16 for width, dtype in shapes]
+            parts = Memory(0).take(sum(words)).split(words)
+            self._room = rows, [part.view(dtype)[: rows * width].view(rows, width) for part, (width, dtype) in zip(parts, shapes)]
         return self._room[1]
 
 

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from .library import address, operation
-from .packing import PANEL
+from .packing import OUTPUTS
 
 _shorten = operation("shorten", "8q")
 _NO_CODE = 16
 _SAMPLE = 2**18  # weights, in which the commonest high bytes are looked for: one that is missed lengthens the list
-_MOST_RARE = 1024  # a matrix may have one in so many, a panel eight times as much; each costs a row 0.5 ns
+_MOST_RARE = 1024  # a matrix may have one in so many, a block of outputs eight times as much; each costs a row 0.3 ns
 _RARE_WORDS = 3  # of a `Rare`
 _GROUP, _GROUP_WORDS = 8, 3  # numbers in depth that lie together, and the words that they take an output
 
@@ -29,11 +29,11 @@ class Short(NamedTuple):
     words: Tensor  # int32, panel by panel
     highs: Tensor  # uint8 [16]
     rare: Tensor  # int32 [weights without a code, 3]
-    rare_begin: Tensor  # int32 [panels + 1], in `rare`
+    rare_begin: Tensor  # int32 [blocks + 1], in `rare`
 
 
 def shorten(words: Tensor, outputs: int, depth: int) -> Short | None:
-    """The words of a bfloat16 matrix, in panels (`words_of`), as short ones; None where it, or a panel, has too many without a code."""
+    """The words of a bfloat16 matrix, in panels (`words_of`), as short ones; None where it, or a block, has too many without a code."""
     high = words.view(torch.uint8)[1::2]
     counts = torch.bincount(high[:: -(-high.numel() // _SAMPLE)], minlength=256)
     counts[0] = high.numel()  # 0 must have a code: it is what a weight without one leaves behind
@@ -41,11 +41,11 @@ def shorten(words: Tensor, outputs: int, depth: int) -> Short | None:
     codes = torch.full((256,), _NO_CODE, dtype=torch.uint8)
     codes[highs.long()] = torch.arange(_NO_CODE, dtype=torch.uint8)
 
-    steps, panels = -(-depth // 2), -(-outputs // PANEL)
+    steps, blocks = -(-depth // 2), -(-outputs // OUTPUTS)
     width = words.numel() // steps
     out = torch.empty(width * -(-depth // _GROUP) * _GROUP_WORDS, dtype=torch.int32)
-    room = max(8, 8 * PANEL * depth // _MOST_RARE)
-    rare, count = torch.empty(panels, room, _RARE_WORDS, dtype=torch.int32), torch.empty(panels, dtype=torch.int32)
+    room = max(8, 8 * OUTPUTS * depth // _MOST_RARE)
+    rare, count = torch.empty(blocks, room, _RARE_WORDS, dtype=torch.int32), torch.empty(blocks, dtype=torch.int32)
     _shorten(*map(address, (words, codes, out, rare, count)), outputs, depth, room)
     if int(count.max()) > room or int(count.sum()) > max(8, outputs * depth // _MOST_RARE):
         return None
