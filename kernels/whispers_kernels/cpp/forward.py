@@ -270,8 +270,8 @@ class Forward:
             widths = self._width, heads + 2 * s.kv_heads * s.head_dim, heads, heads, self._intermediate
             shapes = [(width, torch.float32) for width in (self._width, s.head_dim)] + [(width, self._dtype) for width in widths]
             words = [-(-rows * width * dtype.itemsize // 64) * 16 for width, dtype in shapes]
-            parts = Memory(0).take(sum(words)).split(words)
-            self._room = rows, [part.view(dtype)[: rows * width].view(rows, width) for part, (width, dtype) in zip(parts, shapes)]
+            memory = Memory(4 * sum(words))
+            self._room = rows, [memory.take(n).view(t)[: rows * w].view(rows, w) for n, (w, t) in zip(words, shapes, strict=True)]
         return self._room[1]
 
 

@@ -21,8 +21,8 @@ class PackedLinear:
     """y = x W^T + bias, with W in the order in which the kernels read it.
 
     A row's bits depend on that row alone, not on how many others there are. bfloat16 weights meet x rounded to bfloat16, float32 and
-    float16 weights meet it as float32 (float16 is packed as float32). Sums are float32, rounded once, to the result's dtype. Of a row that is
-    not finite any number may be NaN.
+    float16 weights meet it as float32 (float16 is packed as float32). Sums are float32, rounded once, to the result's dtype. Of a row that
+    is not finite any number may be NaN.
 
     Args:
         weight: `[N, K]` float32, bfloat16 or float16 on the CPU; not kept.
