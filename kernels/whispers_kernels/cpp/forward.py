@@ -268,10 +268,15 @@ class Forward:
             s = self._sizes
             heads = s.q_heads * s.head_dim
             widths = self._width, heads + 2 * s.kv_heads * s.head_dim, heads, heads, self._intermediate
-            shapes = [(width, torch.float32) for width in (self._width, s.head_dim)] + [(width, self._dtype) for width in widths]
+            shapes = [(width, torch.float32) for width in (self._width, s.head_dim)] + [
+                (width, self._dtype) for width in widths
+            ]
             words = [-(-rows * width * dtype.itemsize // 64) * 16 for width, dtype in shapes]
             memory = Memory(4 * sum(words))
-            self._room = rows, [memory.take(n).view(t)[: rows * w].view(rows, w) for n, (w, t) in zip(words, shapes, strict=True)]
+            self._room = (
+                rows,
+                [memory.take(n).view(t)[: rows * w].view(rows, w) for n, (w, t) in zip(words, shapes, strict=True)],
+            )
         return self._room[1]
 
 
