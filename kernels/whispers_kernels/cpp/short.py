@@ -18,7 +18,7 @@ from .packing import OUTPUTS
 _shorten = operation("shorten", "8q")
 _NO_CODE = 16
 _SAMPLE = 2**18  # weights, in which the commonest high bytes are looked for: one that is missed lengthens the list
-_MOST_RARE = 1024  # a matrix may have one in so many, a block of outputs eight times as much; each costs a row 0.3 ns
+_MOST_RARE = 1024  # a matrix may have one in so many, a block of outputs 24 times as much; each costs a row 0.3 ns
 _RARE_WORDS = 3  # of a `Rare`
 _GROUP, _GROUP_WORDS = 8, 3  # numbers in depth that lie together, and the words that they take an output
 
@@ -44,7 +44,7 @@ def shorten(words: Tensor, outputs: int, depth: int) -> Short | None:
     steps, blocks = -(-depth // 2), -(-outputs // OUTPUTS)
     width = words.numel() // steps
     out = torch.empty(width * -(-depth // _GROUP) * _GROUP_WORDS, dtype=torch.int32)
-    room = max(8, 8 * OUTPUTS * depth // _MOST_RARE)
+    room = max(8, 24 * OUTPUTS * depth // _MOST_RARE)
     rare, count = torch.empty(blocks, room, _RARE_WORDS, dtype=torch.int32), torch.empty(blocks, dtype=torch.int32)
     _shorten(*map(address, (words, codes, out, rare, count)), outputs, depth, room)
     if int(count.max()) > room or int(count.sum()) > max(8, outputs * depth // _MOST_RARE):
