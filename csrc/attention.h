@@ -31,15 +31,16 @@ template <class Math>
 struct Workspace {
   Workspace(const Shape<Math>& s, void* memory) {
     Pieces pieces(memory);
-    queries = pieces.take<float>(s.rows * s.depth);
+    const int64_t rows = up_to(s.rows, kUnit<Math>);  // whole tiles of them
+    queries = pieces.take<float>(rows * s.depth);
     keys = pieces.take<float>(ceil_div(kKeys, kPanel) * kPanel * s.depth);
     values = pieces.take<float>(kKeys / Math::kPack * s.width);
     key_vecs = pieces.take<const float*>(kKeys / W);
     value_vecs = pieces.take<const float*>(kKeys / kLeastPage * (s.width / W));
-    scores = pieces.take<float>(kStrip * kKeys);
-    weights = pieces.take<float>(kStrip * kKeys);
-    shrink = pieces.take<float>(kLanes);
-    acc = pieces.take<float>(s.rows * s.width);
+    scores = pieces.take<float>(kStrip<Math> * kKeys);
+    weights = pieces.take<float>(kStrip<Math> * kKeys / Math::kPack);
+    shrink = pieces.take<float>(kLanes<Math>);
+    acc = pieces.take<float>(rows * s.width);
     all_acc = pieces.take<float>(s.rows * s.width);
     sums = pieces.take<Sum>(s.rows);
     all_sums = pieces.take<Sum>(s.rows);
@@ -135,9 +136,12 @@ class Item {
   void run(const int32_t* item, const Partials& partials) {
     if (item[5] == 0) {
       const int64_t line = (head_ * a_.slots + item[4]) * s_.group;
-      w_.acc = partials.acc + line * s_.width;
+      float* acc = partials.acc + line * s_.width;
+      const bool in_place = !Math::kTiled || tall_ % kUnit<Math> == 0;  // others' lines lie behind them
+      if (in_place) w_.acc = acc;
       w_.sums = partials.sums + line;
       attend(item[2]);
+      if (!in_place) __builtin_memcpy(acc, w_.acc, tall_ * s_.width * sizeof(float));
       return;
     }
     __builtin_memset(w_.all_acc, 0, tall_ * s_.width * sizeof(float));
@@ -221,7 +225,8 @@ class Item {
     // The block to come is fetched at every step of the products, as evenly as can be: a core has some 20 lines on their way, and who asks for
     // more waits. (8 rows over 2048 keys, 30 layers on Zen 4: 4.3 ms; 0.3 ms more with bursts between the products, 1.3 without any, and 0.3
     // less with everything in the cache.) Packing takes about as long as few rows' products: it asks for what those leave over.
-    const int64_t steps = ceil_div(tall_, kBlockRows) * (ceil_div(keys, kPanel) * s_.depth + ceil_div(s_.width, kPanel) * keys / Math::kPack);
+    const int64_t steps = steps_of_product<Math>(tall_, ceil_div(keys, W), s_.depth) +
+                          steps_of_product<Math>(tall_, s_.width / W, ceil_div(keys, Math::kPack));
     const int64_t rest = a_.in_panels ? 0 : larger(fetch_.lines() - steps, 0), pace = ceil_div(rest, 2 * ceil_div(keys, W));
     lines_a_step_ = ceil_div(fetch_.lines() - rest, steps);
     const auto pause = [&] {
@@ -233,13 +238,20 @@ class Item {
     }
     keys_ = point_at_keys<Math>(a_, *w_.at, s_.depth, w_.keys, w_.key_vecs);
     values_ = point_at_values<Math>(a_, *w_.at, s_.width, w_.values, w_.value_vecs);
-    for (int64_t row = 0; row < tall_; row += kStrip) strip(row, smaller(row + kStrip, tall_));
+    for (int64_t row = 0; row < tall_; row += kStrip<Math>) strip(row, smaller(row + kStrip<Math>, tall_));
   }
 
   void strip(int64_t begin, int64_t end) {
-    while (begin < end && w_.seen[begin].end == 0) ++begin;  // rows before these keys
-    while (begin < end && w_.seen[end - 1].end == 0) --end;
-    if (begin == end) return;
+    constexpr int64_t unit = kUnit<Math>;  // a product writes whole tiles of rows
+    const auto blind = [&](int64_t from, int64_t to) {
+      for (int64_t i = from; i < to; ++i) {
+        if (w_.seen[i].end != 0) return false;
+      }
+      return true;
+    };
+    while (begin < end && blind(begin, smaller(begin + unit, end))) begin += unit;  // rows before these keys
+    while (begin < end && blind((end - 1) / unit * unit, end)) end = (end - 1) / unit * unit;
+    if (begin >= end) return;
     int64_t keys = 0;  // up to the last that any of them sees: on a prefill's diagonal that is half a block
     for (int64_t i = begin; i < end; ++i) keys = larger(keys, w_.seen[i].end);
     constexpr int64_t weights_row = kKeys / Math::kPack;
@@ -295,6 +307,9 @@ void merge_rows(const Attention& a, const Partials& partials, const Crew& crew) 
 
 template <class Math, class T, class Page>
 void attend_items(const Attention& a, const Crew& crew) {
+#if WHISPERS_LEVEL >= 3
+  const Tiles tiles;
+#endif
   const Shape<Math> shape(a);
   const Workspace<Math> workspace(shape, crew.own());
   const Partials partials = partials_in(a, crew.shared());

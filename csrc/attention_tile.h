@@ -11,9 +11,16 @@ namespace whispers::WHISPERS_ISA {
 // Measured on Zen 5, 32 rows of 3 heads over 2048 keys, D = 64: 128 keys 6 % slower, 64 keys 18 %.
 constexpr int64_t kKeys = 256;
 constexpr int64_t kLeastPage = 16;  // in panels
-// Rows whose scores are made, weighed and used before the next, so that they stay in the first cache beside the keys: 12 KB.
-constexpr int64_t kStrip = 12;
-constexpr int64_t kLanes = 16;  // as many, up to whole vectors
+// Rows whose scores are made, weighed and used before the next, so that they stay in the first cache beside the keys: 12 KB. Of tiles as many as
+// a product takes at a time.
+template <class Math>
+constexpr int64_t kStrip = Math::kTiled ? 32 : 12;
+template <class Math>
+constexpr int64_t kLanes = up_to(kStrip<Math>, 16);  // as many, up to whole vectors
+
+// Words of depth in a step of a product, and rows that it takes together.
+template <class Math>
+constexpr int64_t kUnit = Math::kTiled ? 16 : 1;
 
 // Numbers of a value, whole vectors of them.
 inline int64_t padded_dim(const Attention& a) { return ceil_div(a.dim, W) * W; }
@@ -25,7 +32,7 @@ struct Shape {
       : group(a.q_heads / a.kv_heads),
         rows(a.tile_rows * group),
         dim(a.dim),
-        depth(ceil_div(a.dim, Math::kPack)),
+        depth(up_to(ceil_div(a.dim, Math::kPack), kUnit<Math>)),
         width(padded_dim(a)) {}
   int64_t group;  // query heads a KV head
   int64_t rows;   // of a tile: rows times grouped heads
@@ -141,7 +148,7 @@ void pack_keys(const Attention& a, const Located& at, int64_t depth, float* out,
   }
 }
 
-// Values: [keys / kPack, width] words.
+// Values: [keys / kPack, width] words, zeros up to a whole step of the product.
 template <class Math, class Page, class Pause>
 void pack_values(const Attention& a, const Located& at, int64_t width, float* out, Pause&& pause) {
   const Page* pool = static_cast<const Page*>(a.v_pages);
@@ -150,6 +157,7 @@ void pack_values(const Attention& a, const Located& at, int64_t width, float* ou
     Math::interleave(rows, a.dim, out + key / Math::kPack * width);
     if (key % W == 0) pause();
   }
+  for (int64_t i = ceil_div(at.keys, Math::kPack) * width; i % (kUnit<Math> * width) != 0; i += W) store(out + i, zero());
 }
 
 // Keys as B of the first product: where their vectors lie, packed or in the pool.
@@ -181,10 +189,15 @@ inline Right point_at_values(const Attention& a, const Located& at, int64_t widt
   const int64_t chunks = ceil_div(at.keys, a.page_size), rows = a.page_size / Math::kPack;
   const float* pool = static_cast<const float*>(a.v_pages);
   for (int64_t chunk = 0; chunk < chunks; ++chunk) point(chunk, pool + at.value_at[chunk] / Math::kPack);
-  if (at.keys % Math::kPack != 0) {  // nobody may have written the other half of the last word: it can be NaN
-    const int64_t last = at.keys % a.page_size / Math::kPack, words = (last + 1) * width;
-    __builtin_memcpy(values, vecs[(chunks - 1) * count], words * sizeof(float));
-    for (int64_t i = last * width; i < words; i += W) store(values + i, Math::first_number(load(values + i)));
+  if (at.keys % (Math::kPack * kUnit<Math>) != 0) {  // nobody may have written the rest of the last step: it can be NaN
+    const int64_t keys = at.keys % a.page_size, whole = keys / Math::kPack * width;
+    const float* from = vecs[(chunks - 1) * count];
+    __builtin_memcpy(values, from, whole * sizeof(float));
+    int64_t i = whole;
+    if (keys % Math::kPack != 0) {
+      for (; i < whole + width; i += W) store(values + i, Math::first_number(load(from + i)));
+    }
+    for (; i % (kUnit<Math> * width) != 0; i += W) store(values + i, zero());
     point(chunks - 1, values);
   }
   return {vecs, count, rows, width};
@@ -277,13 +290,14 @@ inline void weigh(float* scores, float* weights, const Seen* seen, int64_t rows,
                   Sum* sums, float* shrink) {
   constexpr int64_t step = Passed<Math>::kStep;
   const int64_t last = ceil_div(keys, step) * step;
-  alignas(64) float lanes[kLanes * W], top[kLanes], total[kLanes], base[kLanes];
+  constexpr int64_t all = kLanes<Math>;
+  alignas(64) float lanes[all * W], top[all], total[all], base[all];
   for (int64_t i = 0; i < rows; ++i) {
     top[i] = sums[i].top;
     total[i] = sums[i].total;
     store(lanes + i * W, top_exponents(scores + i * kKeys, Passed<Math>(seen[i]), how, at));
   }
-  for (int64_t i = rows; i < kLanes; ++i) {
+  for (int64_t i = rows; i < up_to(rows, W); ++i) {
     top[i] = total[i] = 0.0f;
     store(lanes + i * W, zero());
   }

@@ -72,6 +72,7 @@ struct PlainSpans {
 };
 
 struct FloatWords : PlainSpans, AsStored {
+  static constexpr bool kTiled = false;  // whether tiles are multiplied (see tiles.h), not vectors
   static constexpr int kNumbers = 1, kLeft = 1, kRows = kOneWordRows;
   static constexpr int64_t kSpan = 64;  // in one go, 1001 float32 lost 4 times what torch loses; so, less than torch
   using Wide = Vec;
@@ -82,6 +83,7 @@ struct FloatWords : PlainSpans, AsStored {
 
 #if WHISPERS_LEVEL >= 2
 struct PairWords : PlainSpans, AsStored {
+  static constexpr bool kTiled = WHISPERS_LEVEL >= 3;
   static constexpr int kNumbers = 2, kLeft = 1, kRows = kOneWordRows;
   static constexpr int64_t kSpan = kWhole;
   using Wide = Vec;
@@ -91,6 +93,7 @@ struct PairWords : PlainSpans, AsStored {
 };
 #else
 struct PairWords : PlainSpans, AsStored {  // x as two floats
+  static constexpr bool kTiled = false;
   static constexpr int kNumbers = 2, kLeft = 2, kRows = kTwoWordRows;
   static constexpr int64_t kSpan = kWhole;
   using Wide = Two;
@@ -126,6 +129,7 @@ struct KeptWords : ShortWords {
 
 // x as int16: as int8 it would lose more than the weights do. A row has a word for each span behind its numbers, the scale of them.
 struct QuadWords : AsStored {
+  static constexpr bool kTiled = false;
   static constexpr int kNumbers = 4, kLeft = 2, kRows = kTwoWordRows, kMarks = 1;
   static constexpr int64_t kSpan = 64;  // 256 numbers: their products' sum is below 256 * 127 * 32767 < 2^31
   using Wide = Two;

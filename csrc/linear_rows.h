@@ -11,18 +11,24 @@ struct LinearRows {
   int64_t row;
 };
 
+// Steps of a row, zeros behind those of the weights: whole tiles of them.
+template <class Words>
+inline int64_t steps_of_row(const Packed& p) {
+  return up_to(steps_of<Words>(p), Words::kTiled ? 16 : 1);
+}
+
 template <class Words>
 inline int64_t row_words(const Packed& p) {
-  const int64_t steps = steps_of<Words>(p);
+  const int64_t steps = steps_of_row<Words>(p);
   return steps * Words::kLeft + (Words::kMarks == 0 ? 0 : ceil_div(steps, Words::kSpan) * Words::kMarks);
 }
 
-// Whether the weights meet x as it lies: floats for floats; pairs of bf16 for a depth of whole words, or groups of them.
+// Whether the weights meet x as it lies: floats for floats; pairs of bf16 for a depth of whole words, or groups or tiles of them.
 inline bool reads_in_place(const Linear& a) {
   const int64_t kind = a.weights.kind;
   if (kind == kFloatWeights) return a.x_dtype == kF32;
   const bool pairs = kind == kBf16Weights || kind == kShortWeights;
-  const int64_t whole = kind == kShortWeights ? ShortWords::kGroup * ShortWords::kNumbers : PairWords::kNumbers;
+  const int64_t group = kind == kShortWeights ? ShortWords::kGroup : 1, whole = PairWords::kNumbers * (PairWords::kTiled ? 16 : group);
   return WHISPERS_LEVEL >= 2 && pairs && a.x_dtype == kBf16 && a.weights.depth % whole == 0 && a.x_row % 2 == 0;
 }
 
@@ -93,13 +99,19 @@ inline void prepare_rows(const Linear& a, void* room, int64_t begin, int64_t end
     with_dtype(a.x_dtype, [&](auto x_kind) {
       using T = decltype(x_kind);
       float* words = static_cast<float*>(room);
-      const int64_t row = row_words<decltype(kind)>(a.weights), padded = steps_of<decltype(kind)>(a.weights) * kind.kNumbers;
+      const int64_t row = row_words<decltype(kind)>(a.weights), padded = steps_of_row<decltype(kind)>(a.weights) * kind.kNumbers;
       for (int64_t r = begin; r < end; ++r) {
         prepare_row(kind, static_cast<const T*>(a.x) + r * a.x_row, a.weights.depth, padded, words + r * row);
       }
     });
   });
 }
+
+// A thread's part of the product.
+struct LinearPart {
+  Share rows, panels;
+  const float* next;  // what it reads after them, or null
+};
 
 // The rows that `linear_panels` takes: of x itself or of a room that was prepared.
 inline LinearRows rows_of(const Linear& a, void* room) {

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "simd_math.h"
+#include "tiles.h"
 
 namespace whispers::WHISPERS_ISA {
 
@@ -18,7 +19,8 @@ constexpr int64_t kPanel = int64_t{kBlockVecs} * W;  // columns of a block
 
 // Words are floats.
 struct Floats {
-  static constexpr int kPack = 1;  // numbers a word
+  static constexpr int kPack = 1;        // numbers a word
+  static constexpr bool kTiled = false;  // whether tiles are multiplied, not vectors
 
   static Vec multiply(Vec a, Vec b, Vec c) { return fma(a, b, c); }
 
@@ -42,6 +44,7 @@ struct Floats {
 // Words are two bf16, multiplied with two others and summed in float32 by one instruction.
 struct Pairs {
   static constexpr int kPack = 2;
+  static constexpr bool kTiled = WHISPERS_LEVEL >= 3;
 
   static Vec multiply(Vec a, Vec b, Vec c) {
     return _mm512_dpbf16_ps(c, (__m512bh)as_bits(a), (__m512bh)as_bits(b));
@@ -131,10 +134,65 @@ __attribute__((noinline)) void multiply_vecs(int64_t rows, const float* a, int64
   }
 }
 
+#if WHISPERS_LEVEL >= 3
+// Up to 16 kTall rows by 16 kWide columns of C.
+template <int kTall, int kWide, bool kAdd, class Meanwhile>
+inline void multiply_block_of_tiles(const float* a, int64_t a_row, const Right& b, int64_t vec, float* c, int64_t c_row, int64_t depth,
+                                    Meanwhile& meanwhile) {
+  const int64_t a_bytes = a_row * 4, b_bytes = b.row * 4, c_bytes = c_row * 4;
+  each_tile<kTall, kWide>([&](auto i, auto j, auto tile) {
+    if constexpr (kAdd) {
+      load_tile<tile.value>(c + i.value * kTile * c_row + j.value * kTile, c_bytes);
+    } else {
+      clear_tile<tile.value>();
+    }
+  });
+  const float* const* at = b.at + vec;
+  for (int64_t k = 0; k < depth; at += b.vecs) {
+    const float* columns[kWide];
+    for (int j = 0; j < kWide; ++j) columns[j] = at[j];
+    for (const int64_t stop = smaller(k + b.rows, depth); k < stop; k += kTile) {
+      meanwhile();
+      const float* const rows[] = {a + k, a + k + kTile * a_row};
+      multiply_tiles<kTall, kWide>(rows, a_bytes, columns, b_bytes);
+      for (int j = 0; j < kWide; ++j) columns[j] += kTile * b.row;
+    }
+  }
+  each_tile<kTall, kWide>([&](auto i, auto j, auto tile) { store_tile<tile.value>(c + i.value * kTile * c_row + j.value * kTile, c_bytes); });
+}
+
+// As `multiply`. `a` and `c` have room for whole tiles of rows, and rows of `b` and words of `a` are there, or zeros, for whole tiles of depth.
+template <bool kAdd, class Meanwhile>
+inline void multiply_by_tiles(int64_t rows, int64_t vecs, const float* a, int64_t a_row, const Right& b, float* c, int64_t c_row, int64_t depth,
+                              const float* shrink, Meanwhile& meanwhile) {
+  static_assert(W == kTile);
+  if constexpr (kAdd) {
+    for (int64_t i = 0; i < rows; ++i) {
+      const Vec factor = splat(shrink[i]);
+      for (int64_t at = 0; at < vecs * W; at += W) store(c + i * c_row + at, load(c + i * c_row + at) * factor);
+    }
+  }
+  for (int64_t row = 0; row < rows; row += 2 * kTile, a += 2 * kTile * a_row, c += 2 * kTile * c_row) {
+    int64_t vec = 0;
+    if (rows - row > kTile) {
+      for (; vec + 2 <= vecs; vec += 2) multiply_block_of_tiles<2, 2, kAdd>(a, a_row, b, vec, c + vec * W, c_row, depth, meanwhile);
+      if (vec < vecs) multiply_block_of_tiles<2, 1, kAdd>(a, a_row, b, vec, c + vec * W, c_row, depth, meanwhile);
+      continue;
+    }
+    for (; vec + 4 <= vecs; vec += 4) multiply_block_of_tiles<1, 4, kAdd>(a, a_row, b, vec, c + vec * W, c_row, depth, meanwhile);
+    if (vec + 2 <= vecs) multiply_block_of_tiles<1, 2, kAdd>(a, a_row, b, vec, c + vec * W, c_row, depth, meanwhile), vec += 2;
+    if (vec < vecs) multiply_block_of_tiles<1, 1, kAdd>(a, a_row, b, vec, c + vec * W, c_row, depth, meanwhile);
+  }
+}
+#endif
+
 // C of `vecs` vectors of columns.
 template <class Math, bool kAdd, class Meanwhile>
 inline void multiply(int64_t rows, int64_t vecs, const float* a, int64_t a_row, const Right& b, float* c, int64_t c_row, int64_t depth,
                      const float* shrink, Meanwhile& meanwhile) {
+#if WHISPERS_LEVEL >= 3
+  if constexpr (Math::kTiled) return multiply_by_tiles<kAdd>(rows, vecs, a, a_row, b, c, c_row, depth, shrink, meanwhile);
+#endif
   int64_t vec = 0;
   for (; vec + kBlockVecs <= vecs; vec += kBlockVecs, c += kPanel) {
     multiply_vecs<Math, kBlockVecs, kAdd>(rows, a, a_row, b, vec, c, c_row, depth, shrink, meanwhile);
@@ -146,6 +204,18 @@ inline void multiply(int64_t rows, int64_t vecs, const float* a, int64_t a_row, 
     case 3: return multiply_vecs<Math, 3, kAdd>(rows, a, a_row, b, vec, c, c_row, depth, shrink, meanwhile);
 #endif
   }
+}
+
+// How often `multiply` calls `meanwhile`, at least.
+template <class Math>
+inline int64_t steps_of_product(int64_t rows, int64_t vecs, int64_t depth) {
+#if WHISPERS_LEVEL >= 3
+  if constexpr (Math::kTiled) {
+    const int64_t rest = rows % (2 * kTile), blocks = rows / (2 * kTile) * ceil_div(vecs, 2);
+    return (blocks + (rest == 0 ? 0 : ceil_div(vecs, rest > kTile ? 2 : 4))) * ceil_div(depth, kTile);
+  }
+#endif
+  return ceil_div(rows, kBlockRows) * ceil_div(vecs, kBlockVecs) * depth;
 }
 
 }  // namespace whispers::WHISPERS_ISA

@@ -7,9 +7,15 @@
 
 namespace whispers::WHISPERS_ISA {
 
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t up_to(int64_t a, int64_t unit) { return (a + unit - 1) / unit * unit; }  // a whole number of units
+
+template <int n>
+struct Number {  // n as a type
+  static constexpr int value = n;
+};
 
 #if WHISPERS_LEVEL >= 1
 

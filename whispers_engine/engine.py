@@ -396,9 +396,9 @@ def auto_dtype(device: torch.device, impl: str, stored: torch.dtype) -> torch.dt
         return stored
     if impl != "cpp":
         return torch.float32
-    from whispers_kernels.cpp import isa
+    from whispers_kernels.cpp import bf16_step
 
-    return torch.bfloat16 if isa() == "avx512_bf16" else torch.float32
+    return torch.bfloat16 if bf16_step() else torch.float32
 
 
 def device_of(name: str) -> torch.device:

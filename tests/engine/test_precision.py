@@ -19,14 +19,14 @@ needs_cpp = pytest.mark.skipif("cpp" not in available_impls(), reason="needs the
 
 @needs_cpp
 @pytest.mark.parametrize(
-    "isa, dtype", (("avx512_bf16", torch.bfloat16), ("avx512", torch.float32), ("avx2", torch.float32))
+    "step, dtype", ((32, torch.bfloat16), (2, torch.bfloat16), (0, torch.float32))
 )
 def test_a_cpu_computes_in_bfloat16_where_it_multiplies_it(
-    isa: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    step: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from whispers_kernels import cpp
 
-    monkeypatch.setattr(cpp, "isa", lambda: isa)
+    monkeypatch.setattr(cpp, "bf16_step", lambda: step)
     for stored in (torch.float32, torch.bfloat16):
         assert CHOOSE(torch.device("cpu"), "cpp", stored) == dtype
         assert CHOOSE(torch.device("cpu"), "reference", stored) == torch.float32

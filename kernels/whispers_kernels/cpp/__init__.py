@@ -4,10 +4,10 @@ Importing raises `Unavailable`, with the reason, where they were not built or th
 """
 
 from .attention import committee_attention, tile_rows
-from .library import Unavailable, isa, isas, num_threads, set_num_threads
+from .library import Unavailable, bf16_step, isa, isas, num_threads, set_num_threads
 from .small_ops import add_rms_norm, embed_rows, pool_logits, rms_norm, rope_and_store, silu_mul
 
-__all__ = ["IMPLS", "Unavailable", "isa", "isas", "num_threads", "set_num_threads"]
+__all__ = ["IMPLS", "Unavailable", "bf16_step", "isa", "isas", "num_threads", "set_num_threads"]
 
 IMPLS = {
     "tile_rows": tile_rows,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..plan import FixedPlan, Plan
 from .attention import tile_rows
-from .library import address, check_pages, dense, dtype_of, isa, operation, page_layout
+from .library import address, bf16_step, check_pages, dense, dtype_of, operation, page_layout
 from .likeliest import likeliest_of
 from .linear import PackedLinear
 from .packing import Memory
@@ -137,8 +137,8 @@ class Forward:
 
     def in_panels(self, page_size: int) -> bool:
         """Whether pages of that size are to lie in panels: where the products meet the numbers as they are stored."""
-        as_stored = self._dtype == torch.float32 or (self._dtype == torch.bfloat16 and isa() == "avx512_bf16")
-        return as_stored and self._sizes.head_dim % 16 == 0 and page_size in (16, 32, 64)
+        step = {torch.float32: 1, torch.bfloat16: bf16_step()}.get(self._dtype, 0)  # a product's, in depth
+        return step > 0 and page_size in (16, 32, 64) and page_size % step == 0 and self._sizes.head_dim % max(16, step) == 0
 
     def embed(self, ids: Tensor) -> Tensor:
         """Rows of the embedding table, `[R, hidden]` in the weights' dtype, for int64 ids `[R]`."""

@@ -57,13 +57,18 @@ _LIBRARY.whispers_threads.restype = ctypes.c_int64
 
 
 def isas() -> tuple[str, ...]:
-    """Names of the instruction sets that this machine has, the best first: of avx512_bf16, avx512 and avx2."""
+    """Names of the instruction sets that this machine has, the best first: of amx_bf16, avx512_bf16, avx512 and avx2."""
     return _ISAS
 
 
 def isa() -> str:
     """The one that is used: the best, or what WHISPERS_ISA named when this package was imported."""
     return _ISA
+
+
+def bf16_step() -> int:
+    """How many neighbours in depth its products of bf16 by bf16 take at a time; 0: it has no instruction for them."""
+    return {"amx_bf16": 32, "avx512_bf16": 2}.get(_ISA, 0)
 
 
 def num_threads() -> int:

@@ -1,0 +1,263 @@
+// The inner product in tiles: up to 32 rows of x times a panel of bf16 weights, short or not.
+//
+// Short ones become pairs on the way, for one tile's depth at a time; those without a code are put back among them, so that short weights give
+// what bf16 ones do, bit for bit.
+#pragma once
+
+#include "linear_finish.h"
+#include "linear_rows.h"
+#include "linear_tile.h"
+#include "tiles.h"
+
+#if WHISPERS_LEVEL >= 3
+
+namespace whispers::WHISPERS_ISA {
+
+constexpr int64_t kTallRows = 2 * kTile;  // of two rows of tiles
+
+// Weights of `count` steps as pairs [count, width] at `to`, in rows of to_row words. `w`: the steps' groups.
+template <int kWide>
+inline void unpack_steps(const ShortWords::Key& key, const float* w, int64_t count, float* to, int64_t to_row) {
+  constexpr int64_t width = kWide * kOutputs;
+  for (int64_t step = 0; step < count; step += ShortWords::kGroup, w += ShortWords::kGroupWords * width) {
+#pragma GCC unroll 3
+    for (int j = 0; j < kWide; ++j) {
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; ++half) {
+        Vec words[ShortWords::kTogether];
+        ShortWords::read(key, w + j * W, width, half, words, nullptr);
+        for (int s = 0; s < ShortWords::kTogether; ++s) store(to + (step + half * ShortWords::kTogether + s) * to_row + j * W, words[s]);
+      }
+    }
+  }
+}
+
+// Puts a weight without a code where it belongs in a block's steps from `begin` on, where 0 is.
+inline void put_rare(const Rare& rare, int64_t begin, float* to, int64_t to_row) {
+  float* word = to + (rare.step - begin) * to_row + rare.output;
+  uint32_t bits;
+  __builtin_memcpy(&bits, word, 4);
+  bits |= rare.word;
+  __builtin_memcpy(word, &bits, 4);
+}
+
+// The weights without a code of a panel's blocks, put where they belong in steps [begin, end), in the order of steps.
+template <int kWide>
+class RareInOrder {
+ public:
+  explicit RareInOrder(const Panel& panel) : rare_(panel.rare) {
+    for (int j = 0; j < kWide; ++j) at_[j] = panel.rare_begin[j], end_[j] = panel.rare_begin[j + 1];
+  }
+  void put(int64_t begin, int64_t end, float* to, int64_t to_row) {
+    for (int j = 0; j < kWide; ++j) {
+      for (; at_[j] < end_[j] && rare_[at_[j]].step < end; ++at_[j]) {
+        put_rare(rare_[at_[j]], begin, to + j * kOutputs, to_row);
+      }
+    }
+  }
+
+ private:
+  const Rare* rare_;
+  int32_t at_[kWide], end_[kWide];
+};
+
+// Where a tile's depth of a panel's words lies: as it is stored.
+template <class Words, int kWide>
+class TilesOf {
+ public:
+  static constexpr int64_t kRow = kWide * kOutputs;
+  explicit TilesOf(const Panel& panel) : words_(panel.words) {}
+  const float* take(int64_t step, int64_t steps) {
+    const float* from = words_ + step * kRow;
+    if (step + kTile <= steps) return from;
+    __builtin_memset(end_, 0, sizeof(end_));
+    __builtin_memcpy(end_, from, (steps - step) * kRow * sizeof(float));
+    return end_;
+  }
+
+ private:
+  const float* words_;
+  alignas(64) float end_[kTile * kRow];
+};
+// Or short: two of them in turn, so that the next is made while this one is multiplied.
+template <int kWide>
+class TilesOf<ShortWords, kWide> {
+ public:
+  static constexpr int64_t kRow = kWide * kOutputs;
+  explicit TilesOf(const Panel& panel) : key_(panel.highs), rare_(panel), words_(panel.words) {}
+  const float* take(int64_t step, int64_t steps) {
+    float* to = pairs_ + (turn_ = !turn_) * kTile * kRow;
+    const int64_t count = smaller(kTile, steps - step);
+    if (count < kTile) __builtin_memset(to, 0, kTile * kRow * sizeof(float));
+    unpack_steps<kWide>(key_, words_, count, to, kRow);
+    rare_.put(step, step + count, to, kRow);
+    words_ += kTile / ShortWords::kGroup * ShortWords::kGroupWords * kRow;
+    return to;
+  }
+
+ private:
+  const ShortWords::Key key_;
+  RareInOrder<kWide> rare_;
+  const float* words_;
+  bool turn_ = false;
+  alignas(64) float pairs_[2 * kTile * kRow];
+};
+
+// sums [rows, kPanelOutputs]: rows of x, at most kTallRows, times a panel. The second of two rows of tiles ends with the last row. `meanwhile` is
+// called at every tile's depth: vectors work beside tiles.
+template <class Words, int kTall, int kWide, class Meanwhile>
+__attribute__((noinline)) void linear_by_tiles(int64_t rows, const Panel& panel, const float* x, int64_t x_row, int64_t steps, float* sums,
+                                               Meanwhile& meanwhile) {
+  TilesOf<Words, kWide> weights(panel);
+  const int64_t below = kTall == 2 ? rows - kTile : 0;
+  each_tile<kTall, kWide>([](auto, auto, auto tile) { clear_tile<tile.value>(); });
+  const float* next = weights.take(0, steps);
+  for (int64_t step = 0; step < steps; step += kTile) {
+    const float* const columns[] = {next, next + kOutputs, next + 2 * kOutputs};
+    if (step + kTile < steps) next = weights.take(step + kTile, steps);
+    const float* const of_x[] = {x + step, x + below * x_row + step};
+    multiply_tiles<kTall, kWide>(of_x, x_row * 4, columns, TilesOf<Words, kWide>::kRow * 4);
+    meanwhile();
+  }
+  each_tile<kTall, kWide>([&](auto i, auto j, auto tile) {
+    store_tile<tile.value>(sums + i.value * below * kPanelOutputs + j.value * kOutputs, kPanelOutputs * 4);
+  });
+}
+
+template <class Words, int kTall, class Meanwhile>
+inline void panel_by_tiles(int64_t rows, const Panel& panel, const float* x, int64_t x_row, int64_t steps, float* sums, Meanwhile& meanwhile) {
+  if (panel.width == 3 * kOutputs) return linear_by_tiles<Words, kTall, 3>(rows, panel, x, x_row, steps, sums, meanwhile);
+  if (panel.width == 2 * kOutputs) return linear_by_tiles<Words, kTall, 2>(rows, panel, x, x_row, steps, sums, meanwhile);
+  linear_by_tiles<Words, kTall, 1>(rows, panel, x, x_row, steps, sums, meanwhile);
+}
+
+// The panels of short weights as pairs, one after the other, each while the one before is multiplied by several tiles of rows.
+class PairsAhead {
+ public:
+  // `room`: two panels of `padded` steps.
+  PairsAhead(const Packed& p, Share panels, int64_t padded, float* room)
+      : p_(p), next_(panels.begin), end_(panels.end), steps_(steps_of<ShortWords>(p)), padded_(padded), room_(room) {
+    begin();
+  }
+  // A group of the panel to come.
+  void some() {
+    if (step_ >= steps_) return;
+    const float* from = words_ + step_ / ShortWords::kGroup * ShortWords::kGroupWords * width_;
+    float* to = this->to() + step_ * width_;
+    const ShortWords::Key key(p_.highs);
+    if (width_ == 3 * kOutputs) {
+      unpack_steps<3>(key, from, ShortWords::kGroup, to, 3 * kOutputs);
+    } else if (width_ == 2 * kOutputs) {
+      unpack_steps<2>(key, from, ShortWords::kGroup, to, 2 * kOutputs);
+    } else {
+      unpack_steps<1>(key, from, ShortWords::kGroup, to, kOutputs);
+    }
+    step_ += ShortWords::kGroup;
+  }
+  // The panel that was to come, whole: [padded, width]. From now on the one after it is made.
+  const float* take() {
+    while (step_ < steps_) some();
+    float* pairs = to();
+    __builtin_memset(pairs + steps_ * width_, 0, (padded_ - steps_) * width_ * sizeof(float));
+    const int64_t block = next_ * kPanelBlocks;
+    for (int64_t j = 0; j < width_ / kOutputs; ++j) {
+      for (int32_t at = p_.rare_begin[block + j]; at < p_.rare_begin[block + j + 1]; ++at) put_rare(p_.rare[at], 0, pairs + j * kOutputs, width_);
+    }
+    ++next_;
+    begin();
+    return pairs;
+  }
+
+ private:
+  float* to() const { return room_ + next_ % 2 * padded_ * kPanelOutputs; }
+  void begin() {
+    step_ = next_ < end_ ? 0 : steps_;
+    words_ = p_.words + next_ * kPanelOutputs * stored_of<ShortWords>(p_);
+    width_ = next_ < end_ ? width_of(p_.outputs, next_) : 0;
+  }
+
+  const Packed& p_;
+  int64_t next_, end_, steps_, padded_, step_ = 0, width_ = 0;
+  float* room_;
+  const float* words_ = nullptr;
+};
+
+// Finishes a tile's sums row by row, while the next tile is multiplied.
+template <class T>
+class Finishing {
+ public:
+  explicit Finishing(const Linear& a) : a_(a) {}
+  float* sums() { return room_ + turn_ * kTallRows * kPanelOutputs; }  // of the tile to come
+  // The tile at `sums()` is there: `rows` of it from `skipped` on.
+  void begin(int64_t row, int64_t rows, int64_t skipped, int64_t first, int64_t outputs) {
+    some(left_);
+    at_ = sums() + skipped * kPanelOutputs;
+    row_ = row, left_ = rows, first_ = first, outputs_ = outputs;
+    turn_ = !turn_;
+  }
+  void some(int64_t rows) {
+    rows = smaller(rows, left_);
+    if (rows == 0) return;
+    finish_tile<T>(a_, at_, row_, rows, first_, outputs_);
+    at_ += rows * kPanelOutputs, row_ += rows, left_ -= rows;
+  }
+  int64_t left() const { return left_; }
+
+ private:
+  const Linear& a_;
+  float* at_ = nullptr;
+  int64_t row_ = 0, left_ = 0, first_ = 0, outputs_ = 0;
+  bool turn_ = false;
+  alignas(64) float room_[2 * kTallRows * kPanelOutputs];
+};
+
+inline bool in_tiles(const Linear& a) { return a.weights.kind == kBf16Weights || a.weights.kind == kShortWeights; }
+inline bool unpacks_ahead(const Linear& a) { return a.weights.kind == kShortWeights && a.rows > kTallRows; }
+
+// Bytes of each thread's scratch.
+inline int64_t tiles_scratch(const Linear& a) {
+  return unpacks_ahead(a) ? 2 * kPanelOutputs * up_to(steps_of<ShortWords>(a.weights), kTile) * 4 : 0;
+}
+
+// A thread's part. Lines of the weights to come are fetched at every step, in equal parts.
+template <class Words, class T>
+inline void panels_by_tiles(const Linear& a, const LinearRows& x, const LinearPart& part, float* room) {
+  const bool ahead = Words::kGroup > 1 && unpacks_ahead(a);
+  const int64_t steps = steps_of<Words>(a.weights), padded = up_to(steps, kTile), words = kPanelOutputs * stored_of<Words>(a.weights);
+  const int64_t all_rows = part.rows.end - part.rows.begin, tiles = ceil_div(all_rows, kTallRows), calls = tiles * padded / kTile;
+  const int64_t lines = ceil_div(ceil_div(words * 4, kLine), calls), groups = ahead ? ceil_div(steps / Words::kGroup, calls) : 0;
+  const Tiles shape(all_rows);
+  Finishing<T> finishing(a);
+  PairsAhead pairs(a.weights, ahead ? part.panels : Share{0, 0}, padded, room);
+  for (int64_t number = part.panels.begin; number < part.panels.end; ++number) {
+    Panel panel{a.weights.words + number * words, width_of(a.weights.outputs, number), a.weights.highs};
+    if (Words::kGroup > 1) panel.rare = a.weights.rare, panel.rare_begin = a.weights.rare_begin + number * kPanelBlocks;
+    if (ahead) panel.words = pairs.take();
+    const int64_t later = number + (ahead ? 2 : 1);
+    const char* line = reinterpret_cast<const char*>(later < part.panels.end ? a.weights.words + later * words : part.next);
+    for (int64_t row = part.rows.begin; row < part.rows.end; row += kTallRows) {
+      const int64_t rows = smaller(kTallRows, part.rows.end - row);
+      const int64_t again = smaller(larger(kTile - rows, 0), row - part.rows.begin);  // rows before these: tiles are whole
+      const int64_t pace = up_to(ceil_div(finishing.left() * kTile, padded), 2);
+      const auto meanwhile = [&] {
+        if (line != nullptr) {
+          for (int64_t i = 0; i < lines; ++i, line += kLine) __builtin_prefetch(line, 0, 2);
+        }
+        for (int64_t i = 0; i < groups; ++i) pairs.some();
+        finishing.some(pace);
+      };
+      const float* of_x = x.words + (row - again) * x.row;
+      const auto multiply = [&](auto kind, auto tall) {
+        panel_by_tiles<decltype(kind), decltype(tall)::value>(rows + again, panel, of_x, x.row, ahead ? padded : steps, finishing.sums(), meanwhile);
+      };
+      const auto with_kind = [&](auto tall) { ahead ? multiply(PairWords{}, tall) : multiply(Words{}, tall); };
+      rows + again > kTile ? with_kind(Number<2>{}) : with_kind(Number<1>{});
+      finishing.begin(row, rows, again, number * kPanelOutputs, panel.width);
+    }
+  }
+  finishing.some(kTallRows);
+}
+
+}  // namespace whispers::WHISPERS_ISA
+
+#endif

@@ -1,0 +1,103 @@
+// AMX: products of tiles of 16 rows by 16 words, pairs of bf16 that meet pairs and are summed in float32.
+//
+// A tile of A is 16 rows and 16 words of their depth, of B 16 steps of depth and 16 columns, of C 16 rows and columns: the words of both operands
+// lie as vectors want them, too. One instruction adds all of A B to C in 16 cycles (32 times vdpbf16ps' work in an instruction, 8 times
+// in a cycle), whatever the tiles' heights are; its sum over a tile's depth does not depend on other rows.
+#pragma once
+
+#include "simd.h"
+
+#if WHISPERS_LEVEL >= 3
+
+namespace whispers::WHISPERS_ISA {
+
+constexpr int64_t kTile = 16;  // rows, columns, and words of depth
+
+// What a thread's eight tiles are: 64 bytes of all rows, but of `rows` alone in those that hold A and C where only one row of tiles is computed.
+// It takes 250 cycles: once for a whole product. While it lives, the thread has tiles, which make its context switches dearer.
+class Tiles {
+ public:
+  explicit Tiles(int64_t rows = kTile) {
+    struct alignas(64) {
+      uint8_t palette = 1, start = 0, reserved[14] = {};
+      uint16_t bytes[16] = {};
+      uint8_t rows[16] = {};
+    } shape;
+    for (int i = 0; i < 8; ++i) {
+      shape.bytes[i] = 64;
+      shape.rows[i] = static_cast<uint8_t>(i < 5 ? smaller(rows, kTile) : kTile);
+    }
+    asm volatile("ldtilecfg %0" : : "m"(shape));
+  }
+  ~Tiles() { asm volatile("tilerelease"); }
+  Tiles(const Tiles&) = delete;
+  Tiles& operator=(const Tiles&) = delete;
+};
+
+// The compiler's own intrinsics do not say that they read memory (gcc 12): stores could come after them.
+template <int tile>
+inline void load_tile(const float* from, int64_t bytes_a_row) {
+  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(from), "r"(bytes_a_row), "i"(tile) : "memory");
+}
+template <int tile>
+inline void store_tile(float* to, int64_t bytes_a_row) {
+  asm volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(to), "r"(bytes_a_row), "i"(tile) : "memory");
+}
+template <int tile>
+inline void clear_tile() {
+  asm volatile("tilezero %%tmm%c0" : : "i"(tile));
+}
+// c += a b
+template <int c, int a, int b>
+inline void multiply_tile() {
+  asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(c), "i"(a), "i"(b));
+}
+
+// C of kTall by kWide tiles, in the first tiles: 1 by 4 at most, or 2 by 3, so that operands are left room for. Tile (i, j) is C j * kTall + i.
+template <int kTall, int kWide, class F>
+inline void each_tile(F&& f) {
+  static_assert(kTall * kWide <= 6 && (kTall == 2 || kWide <= 4));
+  const auto column = [&](auto j) {
+    f(Number<0>{}, j, Number<kTall * j.value>{});
+    if constexpr (kTall == 2) f(Number<1>{}, j, Number<kTall * j.value + 1>{});
+  };
+  column(Number<0>{});
+  if constexpr (kWide > 1) column(Number<1>{});
+  if constexpr (kWide > 2) column(Number<2>{});
+  if constexpr (kWide > 3) column(Number<3>{});
+}
+
+// Adds one tile's depth: A's rows of tiles at a[i], B's columns of tiles at b[j]. The two rows of tiles meet a column in turn, each loaded anew
+// where no tile is left to keep it: a load takes half as long as a product.
+template <int kTall, int kWide>
+inline void multiply_tiles(const float* const* a, int64_t a_bytes, const float* const* b, int64_t b_bytes) {
+  if constexpr (kTall == 1) {
+    load_tile<4>(a[0], a_bytes);
+    load_tile<5>(b[0], b_bytes);
+    multiply_tile<0, 4, 5>();
+    if constexpr (kWide > 1) load_tile<6>(b[1], b_bytes), multiply_tile<1, 4, 6>();
+    if constexpr (kWide > 2) load_tile<7>(b[2], b_bytes), multiply_tile<2, 4, 7>();
+    if constexpr (kWide > 3) load_tile<5>(b[3], b_bytes), multiply_tile<3, 4, 5>();
+  } else {
+    load_tile<6>(a[0], a_bytes);
+    load_tile<7>(b[0], b_bytes);
+    multiply_tile<0, 6, 7>();
+    if constexpr (kWide == 1) {
+      load_tile<5>(a[1], a_bytes), multiply_tile<1, 5, 7>();
+    } else if constexpr (kWide == 2) {
+      load_tile<5>(a[1], a_bytes), multiply_tile<1, 5, 7>();
+      load_tile<4>(b[1], b_bytes), multiply_tile<2, 6, 4>();
+      multiply_tile<3, 5, 4>();
+    } else {
+      load_tile<6>(a[1], a_bytes), multiply_tile<1, 6, 7>();
+      load_tile<7>(b[1], b_bytes), multiply_tile<3, 6, 7>();
+      load_tile<6>(a[0], a_bytes), multiply_tile<2, 6, 7>();
+      load_tile<7>(b[2], b_bytes), multiply_tile<4, 6, 7>();
+      load_tile<6>(a[1], a_bytes), multiply_tile<5, 6, 7>();
+    }
+  }
+}
+
+}  // namespace whispers::WHISPERS_ISA
+
+#endif
