@@ -37,8 +37,7 @@ struct Workspace {
     values = pieces.take<float>(kKeys / Math::kPack * s.width);
     key_vecs = pieces.take<const float*>(kKeys / W);
     value_vecs = pieces.take<const float*>(kKeys / kLeastPage * (s.width / W));
-    scores = pieces.take<float>(kStrip<Math> * kKeys);
-    weights = pieces.take<float>(kStrip<Math> * kKeys / Math::kPack);
+    scores = pieces.take<float>(kStrip<Math> * kScoresRow);
     shrink = pieces.take<float>(kLanes<Math>);
     acc = pieces.take<float>(rows * s.width);
     all_acc = pieces.take<float>(s.rows * s.width);
@@ -49,7 +48,7 @@ struct Workspace {
     ahead = pieces.take<Located>(1);
     bytes = pieces.used();
   }
-  float *queries, *keys, *values, *scores, *weights, *shrink, *acc, *all_acc;
+  float *queries, *keys, *values, *scores, *shrink, *acc, *all_acc;
   const float **key_vecs, **value_vecs;
   Sum *sums, *all_sums;
   Seen* seen;
@@ -254,20 +253,19 @@ class Item {
     if (begin >= end) return;
     int64_t keys = 0;  // up to the last that any of them sees: on a prefill's diagonal that is half a block
     for (int64_t i = begin; i < end; ++i) keys = larger(keys, w_.seen[i].end);
-    constexpr int64_t weights_row = kKeys / Math::kPack;
     const auto meanwhile = [&] {
       for (int64_t i = 0; i < lines_a_step_; ++i) fetch_.next_line();
     };
-    multiply<Math, false>(end - begin, ceil_div(keys, W), w_.queries + begin * s_.depth, s_.depth, keys_, w_.scores, kKeys, s_.depth,
+    multiply<Math, false>(end - begin, ceil_div(keys, W), w_.queries + begin * s_.depth, s_.depth, keys_, w_.scores, kScoresRow, s_.depth,
                           w_.shrink, meanwhile);
     bool all_fresh = true;  // fresh: a row whose `acc` holds nothing yet, not even zeros
     for (int64_t i = begin; i < end; ++i) all_fresh = all_fresh && is_nothing(w_.sums[i]);
     for (int64_t i = begin; !all_fresh && i < end; ++i) {
       if (is_nothing(w_.sums[i])) __builtin_memset(w_.acc + i * s_.width, 0, s_.width * sizeof(float));
     }
-    weigh<Math>(w_.scores, w_.weights, w_.seen + begin, end - begin, keys, how_, *w_.at, w_.sums + begin, w_.shrink);
+    weigh<Math>(w_.scores, w_.seen + begin, end - begin, keys, how_, *w_.at, w_.sums + begin, w_.shrink);
     const auto add_values = all_fresh ? multiply<Math, false, decltype(meanwhile)> : multiply<Math, true, decltype(meanwhile)>;
-    add_values(end - begin, s_.width / W, w_.weights, weights_row, values_, w_.acc + begin * s_.width, s_.width, ceil_div(keys, Math::kPack),
+    add_values(end - begin, s_.width / W, w_.scores, kScoresRow, values_, w_.acc + begin * s_.width, s_.width, ceil_div(keys, Math::kPack),
                w_.shrink, meanwhile);
   }
 

@@ -15,6 +15,8 @@ constexpr int64_t kLeastPage = 16;  // in panels
 // a product takes at a time.
 template <class Math>
 constexpr int64_t kStrip = Math::kTiled ? 32 : 12;
+// Words from one row of scores to the next: a line more, so that a tile's rows do not all fall into the same few sets of that cache.
+constexpr int64_t kScoresRow = kKeys + 16;
 template <class Math>
 constexpr int64_t kLanes = up_to(kStrip<Math>, 16);  // as many, up to whole vectors
 
@@ -259,15 +261,14 @@ inline Vec top_exponents(float* scores, const Passed<Math>& keys, const Scaling&
   return most;
 }
 
-// A row's weights 2^(exponent - base); zeros up to `last` where it sees no keys. Returns their sums, one of each lane.
+// A row's weights 2^(exponent - base) in place of its scores; zeros up to `last` where it sees no keys. Returns their sums, one of each lane.
 template <class Math>
-inline Vec weigh_row(const float* scores, float* weights, const Passed<Math>& keys, int64_t last, float base, const Scaling& how,
-                     const Located& at) {
+inline Vec weigh_row(float* scores, const Passed<Math>& keys, int64_t last, float base, const Scaling& how, const Located& at) {
+  float* weights = scores;  // a word holds kPack of them: none is written before its scores are read
   const auto clear = [&](int64_t from, int64_t to) {
     for (int64_t i = from / Math::kPack; i < to / Math::kPack; i += W) store(weights + i, zero());
   };
   clear(0, keys.begin);
-  clear(keys.end, last);
   const Vec outer = splat(how.outer), less_base = splat(-base);
   Vec part[2] = {zero(), zero()};
   for (int64_t i = keys.begin; i < keys.end; i += keys.kStep) {
@@ -280,13 +281,14 @@ inline Vec weigh_row(const float* scores, float* weights, const Passed<Math>& ke
     }
     Math::store_words(weights + i / Math::kPack, weight);
   }
+  clear(keys.end, last);
   return part[0] + part[1];
 }
 
 // Weighs the scores of a strip's rows, and sets `shrink` to what everything before is to be multiplied by. `keys` of the block's kKeys have
 // scores. All rows' lanes are taken together at once: one row after the other, their chains of shuffles would be waited for.
 template <class Math>
-inline void weigh(float* scores, float* weights, const Seen* seen, int64_t rows, int64_t keys, const Scaling& how, const Located& at,
+inline void weigh(float* scores, const Seen* seen, int64_t rows, int64_t keys, const Scaling& how, const Located& at,
                   Sum* sums, float* shrink) {
   constexpr int64_t step = Passed<Math>::kStep;
   const int64_t last = ceil_div(keys, step) * step;
@@ -295,7 +297,7 @@ inline void weigh(float* scores, float* weights, const Seen* seen, int64_t rows,
   for (int64_t i = 0; i < rows; ++i) {
     top[i] = sums[i].top;
     total[i] = sums[i].total;
-    store(lanes + i * W, top_exponents(scores + i * kKeys, Passed<Math>(seen[i]), how, at));
+    store(lanes + i * W, top_exponents(scores + i * kScoresRow, Passed<Math>(seen[i]), how, at));
   }
   for (int64_t i = rows; i < up_to(rows, W); ++i) {
     top[i] = total[i] = 0.0f;
@@ -310,7 +312,7 @@ inline void weigh(float* scores, float* weights, const Seen* seen, int64_t rows,
   }
   for (int64_t i = 0; i < rows; ++i) {
     const Passed<Math> passed(seen[i]);
-    store(lanes + i * W, weigh_row(scores + i * kKeys, weights + i * (kKeys / Math::kPack), passed, last, base[i], how, at));
+    store(lanes + i * W, weigh_row(scores + i * kScoresRow, passed, last, base[i], how, at));
   }
   for (int64_t i = 0; i < rows; i += W) store(total + i, fma(load(total + i), load(shrink + i), across<add>(lanes + i * W)));
   for (int64_t i = 0; i < rows; ++i) sums[i] = {top[i], total[i]};
