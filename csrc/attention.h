@@ -136,7 +136,7 @@ class Item {
     if (item[5] == 0) {
       const int64_t line = (head_ * a_.slots + item[4]) * s_.group;
       float* acc = partials.acc + line * s_.width;
-      const bool in_place = !Math::kTiled || tall_ % kUnit<Math> == 0;  // others' lines lie behind them
+      const bool in_place = tall_ < kUnit<Math> || tall_ % kUnit<Math> == 0;  // else products write lines behind them, others' lines
       if (in_place) w_.acc = acc;
       w_.sums = partials.sums + line;
       attend(item[2]);
@@ -306,7 +306,7 @@ void merge_rows(const Attention& a, const Partials& partials, const Crew& crew) 
 template <class Math, class T, class Page>
 void attend_items(const Attention& a, const Crew& crew) {
 #if WHISPERS_LEVEL >= 3
-  const Tiles tiles;
+  Tiles tiles;
 #endif
   const Shape<Math> shape(a);
   const Workspace<Math> workspace(shape, crew.own());
@@ -316,6 +316,9 @@ void attend_items(const Attention& a, const Crew& crew) {
   for (int64_t task = crew.take(), later; task < tasks; task = later) {
     later = crew.take();
     const int32_t *item = a.items + 6 * (task / a.kv_heads), *next = later < tasks ? a.items + 6 * (later / a.kv_heads) : nullptr;
+#if WHISPERS_LEVEL >= 3
+    tiles.set((item[1] - item[0]) * shape.group);
+#endif
     Item<Math, T, Page>(a, shape, workspace, item, task % a.kv_heads, next, later % a.kv_heads).run(item, partials);
   }
   if (a.header[1] == 0) return;

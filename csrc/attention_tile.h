@@ -82,9 +82,12 @@ inline void locate(const Attention& a, const int32_t* pages, int64_t head, int64
   }
 }
 
-// Fetches a block's keys and then its values into the second cache, a line a call.
+// Fetches a block's keys and then its values into the second cache, a line a call. With tiles, it is one of eight lines: all of them are more than
+// a core has on their way, while a processor follows where a few lead (one row over 6000 keys on Granite Rapids: 9.3 -> 7.4 ms).
 template <class Page>
 class Fetch {
+  static constexpr int64_t kStride = (WHISPERS_LEVEL >= 3 ? 8 : 1) * kLine;
+
  public:
   Fetch() = default;
   Fetch(const Attention& a, const Located& block)
@@ -96,12 +99,12 @@ class Fetch {
         places_(left_),
         bytes_(a.dim * (a.in_panels ? a.page_size : 1) * static_cast<int64_t>(sizeof(Page))) {}
 
-  int64_t lines() const { return 2 * places_ * ceil_div(bytes_, kLine); }
+  int64_t lines() const { return 2 * places_ * ceil_div(bytes_, kStride); }
 
   void next_line() {
     if (left_ == 0) return;
     __builtin_prefetch(pool_ + *at_ * static_cast<int64_t>(sizeof(Page)) + byte_, 0, 2);
-    byte_ += kLine;
+    byte_ += kStride;
     if (byte_ < bytes_) return;
     byte_ = 0;
     ++at_;

@@ -13,11 +13,21 @@ namespace whispers::WHISPERS_ISA {
 
 constexpr int64_t kTile = 16;  // rows, columns, and words of depth
 
-// What a thread's eight tiles are: 64 bytes of all rows, but of `rows` alone in those that hold A and C where only one row of tiles is computed.
-// It takes 250 cycles: once for a whole product. While it lives, the thread has tiles, which make its context switches dearer.
+// What a thread's eight tiles are: 64 bytes of all rows, but of fewer rows in those that hold A and C where less than a whole row of tiles is
+// computed. While it lives, the thread has tiles, which make its context switches dearer.
 class Tiles {
  public:
-  explicit Tiles(int64_t rows = kTile) {
+  Tiles() = default;
+  explicit Tiles(int64_t rows) { set(rows); }
+  ~Tiles() { asm volatile("tilerelease"); }
+  Tiles(const Tiles&) = delete;
+  Tiles& operator=(const Tiles&) = delete;
+
+  // For products of so many rows. Another number of them, under 16, takes 200 cycles.
+  void set(int64_t rows) {
+    rows = smaller(rows, kTile);
+    if (rows == rows_) return;
+    rows_ = rows;
     struct alignas(64) {
       uint8_t palette = 1, start = 0, reserved[14] = {};
       uint16_t bytes[16] = {};
@@ -25,13 +35,13 @@ class Tiles {
     } shape;
     for (int i = 0; i < 8; ++i) {
       shape.bytes[i] = 64;
-      shape.rows[i] = static_cast<uint8_t>(i < 5 ? smaller(rows, kTile) : kTile);
+      shape.rows[i] = static_cast<uint8_t>(i < 5 ? rows : kTile);
     }
     asm volatile("ldtilecfg %0" : : "m"(shape));
   }
-  ~Tiles() { asm volatile("tilerelease"); }
-  Tiles(const Tiles&) = delete;
-  Tiles& operator=(const Tiles&) = delete;
+
+ private:
+  int64_t rows_ = 0;
 };
 
 // The compiler's own intrinsics do not say that they read memory (gcc 12): stores could come after them.
