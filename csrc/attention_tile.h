@@ -82,29 +82,27 @@ inline void locate(const Attention& a, const int32_t* pages, int64_t head, int64
   }
 }
 
-// Fetches a block's keys and then its values into the second cache, a line a call. With tiles, it is one of eight lines: all of them are more than
-// a core has on their way, while a processor follows where a few lead (one row over 6000 keys on Granite Rapids: 9.3 -> 7.4 ms).
+// Fetches a block's keys and then its values into the second cache, a line a call; or one of `every` lines.
 template <class Page>
 class Fetch {
-  static constexpr int64_t kStride = (WHISPERS_LEVEL >= 3 ? 8 : 1) * kLine;
-
  public:
   Fetch() = default;
-  Fetch(const Attention& a, const Located& block)
+  Fetch(const Attention& a, const Located& block, int64_t every)
       : pool_(static_cast<const char*>(a.k_pages)),
         values_(static_cast<const char*>(a.v_pages)),
         at_(block.key_at),
         values_at_(block.value_at),
         left_(a.in_panels ? ceil_div(block.keys, a.page_size) : block.keys),
         places_(left_),
-        bytes_(a.dim * (a.in_panels ? a.page_size : 1) * static_cast<int64_t>(sizeof(Page))) {}
+        bytes_(a.dim * (a.in_panels ? a.page_size : 1) * static_cast<int64_t>(sizeof(Page))),
+        stride_(every * kLine) {}
 
-  int64_t lines() const { return 2 * places_ * ceil_div(bytes_, kStride); }
+  int64_t lines() const { return 2 * places_ * ceil_div(bytes_, stride_); }
 
   void next_line() {
     if (left_ == 0) return;
     __builtin_prefetch(pool_ + *at_ * static_cast<int64_t>(sizeof(Page)) + byte_, 0, 2);
-    byte_ += kStride;
+    byte_ += stride_;
     if (byte_ < bytes_) return;
     byte_ = 0;
     ++at_;
@@ -118,7 +116,7 @@ class Fetch {
  private:
   const char *pool_ = nullptr, *values_ = nullptr;  // values_: null when it is their turn
   const int64_t *at_ = nullptr, *values_at_ = nullptr;
-  int64_t left_ = 0, places_ = 0, bytes_ = 0, byte_ = 0;
+  int64_t left_ = 0, places_ = 0, bytes_ = 0, byte_ = 0, stride_ = kLine;
 };
 
 // Keys, transposed: panels [depth, kPanel] of words, zeros behind the last key up to a whole vector. `pause` is called after every 16 keys.
@@ -290,9 +288,9 @@ inline Vec weigh_row(float* scores, const Passed<Math>& keys, int64_t last, floa
 
 // Weighs the scores of a strip's rows, and sets `shrink` to what everything before is to be multiplied by. `keys` of the block's kKeys have
 // scores. All rows' lanes are taken together at once: one row after the other, their chains of shuffles would be waited for.
-template <class Math>
-inline void weigh(float* scores, const Seen* seen, int64_t rows, int64_t keys, const Scaling& how, const Located& at,
-                  Sum* sums, float* shrink) {
+template <class Math, class Meanwhile>
+inline void weigh(float* scores, const Seen* seen, int64_t rows, int64_t keys, const Scaling& how, const Located& at, Sum* sums, float* shrink,
+                  Meanwhile&& meanwhile) {
   constexpr int64_t step = Passed<Math>::kStep;
   const int64_t last = ceil_div(keys, step) * step;
   constexpr int64_t all = kLanes<Math>;
@@ -301,6 +299,7 @@ inline void weigh(float* scores, const Seen* seen, int64_t rows, int64_t keys, c
     top[i] = sums[i].top;
     total[i] = sums[i].total;
     store(lanes + i * W, top_exponents(scores + i * kScoresRow, Passed<Math>(seen[i]), how, at));
+    meanwhile();
   }
   for (int64_t i = rows; i < up_to(rows, W); ++i) {
     top[i] = total[i] = 0.0f;
@@ -316,6 +315,7 @@ inline void weigh(float* scores, const Seen* seen, int64_t rows, int64_t keys, c
   for (int64_t i = 0; i < rows; ++i) {
     const Passed<Math> passed(seen[i]);
     store(lanes + i * W, weigh_row(scores + i * kScoresRow, passed, last, base[i], how, at));
+    meanwhile();
   }
   for (int64_t i = 0; i < rows; i += W) store(total + i, fma(load(total + i), load(shrink + i), across<add>(lanes + i * W)));
   for (int64_t i = 0; i < rows; ++i) sums[i] = {top[i], total[i]};
