@@ -33,7 +33,7 @@ _SPAN_AT_MOST = 512 << 20
 _SPAN_CPU = 64 << 20
 _COPIES_AT_MOST = 512
 _NODES_AT_MOST = 4096  # launches in a graph
-_CEILING_SIZES = {"cuda": (1 << 30, 8192), "cpu": (1 << 28, 1024)}  # bytes copied; rows and columns of the product
+_CEILING_SIZES = {"cuda": (1 << 30, 8192), "cpu": (1 << 28, 2048)}  # bytes copied; rows and columns of the product
 _PACKAGES = (
     "whispers-engine",
     "triton",
