@@ -11,16 +11,17 @@ namespace whispers::WHISPERS_ISA {
 // Measured on Zen 5, 32 rows of 3 heads over 2048 keys, D = 64: 128 keys 6 % slower, 64 keys 18 %.
 constexpr int64_t kKeys = 256;
 constexpr int64_t kLeastPage = 16;  // in panels
-// Rows whose scores are made, weighed and used before the next, so that they stay in the first cache beside the keys: 12 KB. Of tiles as many as
-// a product takes at a time.
+// Rows whose scores are made, weighed and used before the next, so that they stay in the first cache beside the keys: 12 KB. Of tiles, as many as a
+// product takes at a time.
 template <class Math>
 constexpr int64_t kStrip = Math::kTiled ? 32 : 12;
-// Words from one row of scores to the next: a line more, so that a tile's rows do not all fall into the same few sets of that cache.
-constexpr int64_t kScoresRow = kKeys + 16;
 template <class Math>
 constexpr int64_t kLanes = up_to(kStrip<Math>, 16);  // as many, up to whole vectors
+// Words from one row of scores to the next. Tiles have a line more, so that their rows do not all fall into a few sets of that cache.
+template <class Math>
+constexpr int64_t kScoresRow = kKeys + (Math::kTiled ? 16 : 0);
 
-// Words of depth in a step of a product, and rows that it takes together.
+// Words of depth that a product takes at a time, and rows that it writes together.
 template <class Math>
 constexpr int64_t kUnit = Math::kTiled ? 16 : 1;
 
@@ -82,7 +83,8 @@ inline void locate(const Attention& a, const int32_t* pages, int64_t head, int64
   }
 }
 
-// Fetches a block's keys and then its values into the second cache, a line a call; or one of `every` lines.
+// Fetches a block's keys and then its values into the second cache, a line a call; or one of `every` lines: a processor
+// follows by itself where a few lead, and has fewer than all of them on their way (one row over 6000 keys on Granite Rapids: 9.3 -> 7.4 ms).
 template <class Page>
 class Fetch {
  public:
@@ -308,7 +310,7 @@ inline void weigh(float* scores, const Seen* seen, int64_t rows, int64_t keys, c
   for (int64_t i = 0; i < rows; ++i) {
     top[i] = sums[i].top;
     total[i] = sums[i].total;
-    store(lanes + i * W, top_exponents(scores + i * kScoresRow, Passed<Math>(seen[i]), how, at));
+    store(lanes + i * W, top_exponents(scores + i * kScoresRow<Math>, Passed<Math>(seen[i]), how, at));
     meanwhile();
   }
   for (int64_t i = rows; i < up_to(rows, W); ++i) {
@@ -324,7 +326,7 @@ inline void weigh(float* scores, const Seen* seen, int64_t rows, int64_t keys, c
   }
   for (int64_t i = 0; i < rows; ++i) {
     const Passed<Math> passed(seen[i]);
-    store(lanes + i * W, weigh_row(scores + i * kScoresRow, passed, last, base[i], how, at));
+    store(lanes + i * W, weigh_row(scores + i * kScoresRow<Math>, passed, last, base[i], how, at));
     meanwhile();
   }
   for (int64_t i = 0; i < rows; i += W) store(total + i, fma(load(total + i), load(shrink + i), across<add>(lanes + i * W)));

@@ -105,9 +105,11 @@ inline void linear(const Linear& a, const Crew& crew, void* room) {
       using T = decltype(out_kind);
       float* own = static_cast<float*>(crew.own());
 #if WHISPERS_LEVEL >= 3
-      if constexpr (Words::kTiled) return panels_by_tiles<Words, T>(a, x, part, own);
+      if constexpr (Words::kTiled) {
+        panels_by_tiles<Words, T>(a, x, part, own);
+      } else
 #endif
-      linear_panels<Words, T>(a, x, part, own);
+        linear_panels<Words, T>(a, x, part, own);
     });
   });
 }

@@ -35,7 +35,7 @@ struct Packed {
   const float* scale;  // [blocks * 16] of int8 weights: weight = number * scale
   const float* bias;   // [blocks * 16], or null
   const uint8_t* highs;       // [16] of short weights: the high bytes that their codes stand for, 0 first
-  const Rare* rare;           // of short weights, block by block
+  const Rare* rare;           // of short weights, block by block, each in the order of steps
   const int32_t* rare_begin;  // [blocks + 1] in `rare`
   int64_t outputs;     // of the matrix before padding; of a gated one, gates and ups together
   int64_t depth;

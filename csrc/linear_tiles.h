@@ -15,9 +15,9 @@ namespace whispers::WHISPERS_ISA {
 
 constexpr int64_t kTallRows = 2 * kTile;  // of two rows of tiles
 
-// Weights of `count` steps as pairs [count, width] at `to`, in rows of to_row words. `w`: the steps' groups.
+// Weights of `count` steps, whole groups of them at `w`, as pairs [count, width] at `to`.
 template <int kWide>
-inline void unpack_steps(const ShortWords::Key& key, const float* w, int64_t count, float* to, int64_t to_row) {
+inline void unpack_steps(const ShortWords::Key& key, const float* w, int64_t count, float* to) {
   constexpr int64_t width = kWide * kOutputs;
   for (int64_t step = 0; step < count; step += ShortWords::kGroup, w += ShortWords::kGroupWords * width) {
 #pragma GCC unroll 3
@@ -26,7 +26,7 @@ inline void unpack_steps(const ShortWords::Key& key, const float* w, int64_t cou
       for (int half = 0; half < 2; ++half) {
         Vec words[ShortWords::kTogether];
         ShortWords::read(key, w + j * W, width, half, words, nullptr);
-        for (int s = 0; s < ShortWords::kTogether; ++s) store(to + (step + half * ShortWords::kTogether + s) * to_row + j * W, words[s]);
+        for (int s = 0; s < ShortWords::kTogether; ++s) store(to + (step + half * ShortWords::kTogether + s) * width + j * W, words[s]);
       }
     }
   }
@@ -89,8 +89,8 @@ class TilesOf<ShortWords, kWide> {
     float* to = pairs_ + (turn_ = !turn_) * kTile * kRow;
     const int64_t count = smaller(kTile, steps - step);
     if (count < kTile) __builtin_memset(to, 0, kTile * kRow * sizeof(float));
-    unpack_steps<kWide>(key_, words_, count, to, kRow);
-    rare_.put(step, step + count, to, kRow);
+    unpack_steps<kWide>(key_, words_, count, to);
+    rare_.put(step, step + count, to);
     words_ += kTile / ShortWords::kGroup * ShortWords::kGroupWords * kRow;
     return to;
   }
@@ -146,11 +146,11 @@ class PairsAhead {
     float* to = this->to() + step_ * width_;
     const ShortWords::Key key(p_.highs);
     if (width_ == 3 * kOutputs) {
-      unpack_steps<3>(key, from, ShortWords::kGroup, to, 3 * kOutputs);
+      unpack_steps<3>(key, from, ShortWords::kGroup, to);
     } else if (width_ == 2 * kOutputs) {
-      unpack_steps<2>(key, from, ShortWords::kGroup, to, 2 * kOutputs);
+      unpack_steps<2>(key, from, ShortWords::kGroup, to);
     } else {
-      unpack_steps<1>(key, from, ShortWords::kGroup, to, kOutputs);
+      unpack_steps<1>(key, from, ShortWords::kGroup, to);
     }
     step_ += ShortWords::kGroup;
   }
