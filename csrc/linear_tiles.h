@@ -48,10 +48,10 @@ class RareInOrder {
   explicit RareInOrder(const Panel& panel) : rare_(panel.rare) {
     for (int j = 0; j < kWide; ++j) at_[j] = panel.rare_begin[j], end_[j] = panel.rare_begin[j + 1];
   }
-  void put(int64_t begin, int64_t end, float* to, int64_t to_row) {
+  void put(int64_t begin, int64_t end, float* to) {
     for (int j = 0; j < kWide; ++j) {
       for (; at_[j] < end_[j] && rare_[at_[j]].step < end; ++at_[j]) {
-        put_rare(rare_[at_[j]], begin, to + j * kOutputs, to_row);
+        put_rare(rare_[at_[j]], begin, to + j * kOutputs, kWide * kOutputs);
       }
     }
   }

@@ -402,7 +402,7 @@ def auto_dtype(device: torch.device, impl: str, stored: torch.dtype) -> torch.dt
 
 
 def auto_page_size(device: torch.device, impl: str) -> int:
-    """Few positions, so that branches waste little of their last page: 64 on a GPU, 16 on a CPU, or as many as its products take at a time."""
+    """64 on a GPU; on a CPU few, so that branches waste little of their last page: 16, or as many as its products take at a time."""
     if device.type != "cpu":
         return 64
     if impl != "cpp":

@@ -18,9 +18,7 @@ needs_cpp = pytest.mark.skipif("cpp" not in available_impls(), reason="needs the
 
 
 @needs_cpp
-@pytest.mark.parametrize(
-    "step, dtype", ((32, torch.bfloat16), (2, torch.bfloat16), (0, torch.float32))
-)
+@pytest.mark.parametrize("step, dtype", ((32, torch.bfloat16), (2, torch.bfloat16), (0, torch.float32)))
 def test_a_cpu_computes_in_bfloat16_where_it_multiplies_it(
     step: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -138,7 +138,12 @@ class Forward:
     def in_panels(self, page_size: int) -> bool:
         """Whether pages of that size are to lie in panels: where the products meet the numbers as they are stored."""
         step = {torch.float32: 1, torch.bfloat16: bf16_step()}.get(self._dtype, 0)  # a product's, in depth
-        return step > 0 and page_size in (16, 32, 64) and page_size % step == 0 and self._sizes.head_dim % max(16, step) == 0
+        return (
+            step > 0
+            and page_size in (16, 32, 64)
+            and page_size % step == 0
+            and self._sizes.head_dim % max(16, step) == 0
+        )
 
     def embed(self, ids: Tensor) -> Tensor:
         """Rows of the embedding table, `[R, hidden]` in the weights' dtype, for int64 ids `[R]`."""
