@@ -225,7 +225,7 @@ class Item {
     // more waits. (8 rows over 2048 keys, 30 layers on Zen 4: 4.3 ms; 0.3 ms more with bursts between the products, 1.3 without any, and 0.3
     // less with everything in the cache.) Packing takes about as long as few rows' products: it asks for what those leave over.
     // Tiles multiply in a third of the time that the weighing takes, and wait for lines of this block: several strips of them ask while they
-    // weigh (32 rows of 3 heads over 2048 keys on Granite Rapids: 9.9 -> 9.1 ms).
+    // weigh (32 rows of 3 heads over 2048 keys on a Xeon with AMX: 9.9 -> 9.1 ms).
     const int64_t steps = weighs_long_ ? 2 * tall_
                                        : steps_of_product<Math>(tall_, ceil_div(keys, W), s_.depth) +
                                              steps_of_product<Math>(tall_, s_.width / W, ceil_div(keys, Math::kPack));

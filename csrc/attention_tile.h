@@ -84,7 +84,7 @@ inline void locate(const Attention& a, const int32_t* pages, int64_t head, int64
 }
 
 // Fetches a block's keys and then its values into the second cache, a line a call; or one of `every` lines: a processor
-// follows by itself where a few lead, and has fewer than all of them on their way (one row over 6000 keys on Granite Rapids: 9.3 -> 7.4 ms).
+// follows by itself where a few lead, and has fewer than all of them on their way (one row over 6000 keys on a Xeon with AMX: 9.3 -> 7.4 ms).
 template <class Page>
 class Fetch {
  public:
