@@ -26,7 +26,7 @@ struct Kernels {
 };
 
 #if defined(WHISPERS_X86)
-extern const Kernels kAvx2, kAvx512, kAvx512Bf16, kAmxBf16;
+extern const Kernels kAvx2, kAvx512, kAvx512Bf16, kAmx;
 #endif
 
 }  // namespace whispers

@@ -129,7 +129,7 @@ struct KeptWords : ShortWords {
 
 // x as int16: as int8 it would lose more than the weights do. A row has a word for each span behind its numbers, the scale of them.
 struct QuadWords : AsStored {
-  static constexpr bool kTiled = false;
+  static constexpr bool kTiled = WHISPERS_LEVEL >= 3;
   static constexpr int kNumbers = 4, kLeft = 2, kRows = kTwoWordRows, kMarks = 1;
   static constexpr int64_t kSpan = 64;  // 256 numbers: their products' sum is below 256 * 127 * 32767 < 2^31
   using Wide = Two;

@@ -70,6 +70,19 @@ inline void store_whole(int16_t* to, Vec numbers, int64_t count) {
 #endif
 }
 
+// Numbers at..at + W of a row of `padded`.
+inline void store_quads(float* words, int64_t at, [[maybe_unused]] int64_t padded, Vec numbers, [[maybe_unused]] int64_t count) {
+#if WHISPERS_LEVEL >= 3  // their high bytes, and behind a row's the low ones, as the weights' lie: see linear_args.h
+  const Bits whole = _mm512_cvtps_epi32(numbers);
+  const __m128i places = _mm_setr_epi8(0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15);
+  uint8_t* bytes = reinterpret_cast<uint8_t*>(words) + at;
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(bytes), _mm_shuffle_epi8(_mm512_cvtepi32_epi8(_mm512_srai_epi32(whole, 8)), places));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(bytes + padded), _mm_shuffle_epi8(_mm512_cvtepi32_epi8(whole), places));
+#else
+  store_whole(reinterpret_cast<int16_t*>(words) + at, numbers, count);
+#endif
+}
+
 // x = number * scale, with a span's largest magnitude at 32767. One with an infinity or a NaN gets the scale NaN.
 template <class T>
 inline void prepare_row(QuadWords, const T* x, int64_t depth, int64_t padded, float* words) {
@@ -87,7 +100,7 @@ inline void prepare_row(QuadWords, const T* x, int64_t depth, int64_t padded, fl
     const Vec factor = splat(top > 0x1p-110f ? 32767.0f / top : 0.0f), bound = splat(3e38f);
     for (int64_t at = begin; at < end; at += W) {
       const Vec value = min(max(load(x + at, depth - at), zero() - bound), bound);  // not infinite: that times 0 would be NaN
-      store_whole(reinterpret_cast<int16_t*>(words) + at, round(value * factor), end - at);
+      store_quads(words, at, padded, round(value * factor), end - at);
     }
     *marks = top * (1.0f / 32767.0f) + sum(spoilt);
   }

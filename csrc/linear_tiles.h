@@ -1,4 +1,4 @@
-// The inner product in tiles: up to 32 rows of x times a panel of bf16 weights, short or not.
+// The inner product in tiles: up to 32 rows of x times a panel of bf16 weights, short or not, or 16 rows times one of int8.
 //
 // Short ones become pairs on the way, for one tile's depth at a time; those without a code are put back among them, so that short weights give
 // what bf16 ones do, bit for bit.
@@ -124,11 +124,46 @@ __attribute__((noinline)) void linear_by_tiles(int64_t rows, const Panel& panel,
   });
 }
 
+// As `linear_by_tiles`, of int8: x = 256 high + low, each of which meets the weights in a product of its own.
+template <int kWide, class Meanwhile>
+__attribute__((noinline)) void quads_by_tiles(int64_t rows, const Panel& panel, const float* x, int64_t x_row, int64_t steps, float* sums,
+                                              Meanwhile& meanwhile) {
+  TilesOf<QuadWords, kWide> weights(panel);
+  const int64_t padded = up_to(steps, kTile);
+  const float *low = x + padded, *marks = low + padded;
+  alignas(64) float parts[2 * kTile * kPanelOutputs];  // int32: of the high bytes, of the low ones
+  float* const lows = parts + kTile * kPanelOutputs;
+  for (int64_t begin = 0; begin < padded; begin += QuadWords::kSpan, marks += QuadWords::kMarks) {
+    each_tile<2, kWide>([](auto, auto, auto tile) { clear_tile<tile.value>(); });
+    for (int64_t step = begin; step < smaller(begin + QuadWords::kSpan, padded); step += kTile) {
+      multiply_bytes<kWide>(x + step, low + step, x_row * 4, weights.take(step, steps), kWide * kOutputs * 4);
+      meanwhile();
+    }
+    each_tile<2, kWide>([&](auto i, auto j, auto tile) {
+      store_tile<tile.value>((i.value == 0 ? parts : lows) + j.value * kOutputs, kPanelOutputs * 4);
+    });
+    for (int64_t row = 0; row < rows; ++row) {
+      const Vec mark = splat(marks[row * x_row]);
+      for (int64_t at = row * kPanelOutputs; at < row * kPanelOutputs + kWide * kOutputs; at += W) {
+        const Bits whole = _mm512_add_epi32(_mm512_slli_epi32(as_bits(load(parts + at)), 8), as_bits(load(lows + at)));
+        const Vec sum = floats_of(whole) * mark;
+        store(sums + at, begin == 0 ? sum : load(sums + at) + sum);
+      }
+    }
+  }
+}
+
 template <class Words, int kTall, class Meanwhile>
 inline void panel_by_tiles(int64_t rows, const Panel& panel, const float* x, int64_t x_row, int64_t steps, float* sums, Meanwhile& meanwhile) {
-  if (panel.width == 3 * kOutputs) return linear_by_tiles<Words, kTall, 3>(rows, panel, x, x_row, steps, sums, meanwhile);
-  if (panel.width == 2 * kOutputs) return linear_by_tiles<Words, kTall, 2>(rows, panel, x, x_row, steps, sums, meanwhile);
-  linear_by_tiles<Words, kTall, 1>(rows, panel, x, x_row, steps, sums, meanwhile);
+  if constexpr (Words::kNumbers == 4) {
+    if (panel.width == 3 * kOutputs) return quads_by_tiles<3>(rows, panel, x, x_row, steps, sums, meanwhile);
+    if (panel.width == 2 * kOutputs) return quads_by_tiles<2>(rows, panel, x, x_row, steps, sums, meanwhile);
+    quads_by_tiles<1>(rows, panel, x, x_row, steps, sums, meanwhile);
+  } else {
+    if (panel.width == 3 * kOutputs) return linear_by_tiles<Words, kTall, 3>(rows, panel, x, x_row, steps, sums, meanwhile);
+    if (panel.width == 2 * kOutputs) return linear_by_tiles<Words, kTall, 2>(rows, panel, x, x_row, steps, sums, meanwhile);
+    linear_by_tiles<Words, kTall, 1>(rows, panel, x, x_row, steps, sums, meanwhile);
+  }
 }
 
 // The panels of short weights as pairs, one after the other, each while the one before is multiplied by several tiles of rows.
@@ -211,7 +246,7 @@ class Finishing {
   alignas(64) float room_[2 * kTallRows * kPanelOutputs];
 };
 
-inline bool in_tiles(const Linear& a) { return a.weights.kind == kBf16Weights || a.weights.kind == kShortWeights; }
+inline bool in_tiles(const Linear& a) { return a.weights.kind != kFloatWeights; }
 inline bool unpacks_ahead(const Linear& a) { return a.weights.kind == kShortWeights && a.rows > kTallRows; }
 
 // Bytes of each thread's scratch.
@@ -222,21 +257,23 @@ inline int64_t tiles_scratch(const Linear& a) {
 // A thread's part. Lines of the weights to come are fetched at every step, in equal parts.
 template <class Words, class T>
 inline void panels_by_tiles(const Linear& a, const LinearRows& x, const LinearPart& part, float* room) {
-  const bool ahead = Words::kGroup > 1 && unpacks_ahead(a);
+  constexpr bool is_short = Words::kGroup > 1, in_bytes = Words::kNumbers == 4;
+  constexpr int64_t tall = in_bytes ? kTile : kTallRows;
+  const bool ahead = is_short && unpacks_ahead(a);
   const int64_t steps = steps_of<Words>(a.weights), padded = up_to(steps, kTile), words = kPanelOutputs * stored_of<Words>(a.weights);
-  const int64_t all_rows = part.rows.end - part.rows.begin, tiles = ceil_div(all_rows, kTallRows), calls = tiles * padded / kTile;
+  const int64_t all_rows = part.rows.end - part.rows.begin, tiles = ceil_div(all_rows, tall), calls = tiles * padded / kTile;
   const int64_t lines = ceil_div(ceil_div(words * 4, kLine), calls), groups = ahead ? ceil_div(steps / Words::kGroup, calls) : 0;
-  const Tiles shape(all_rows);
+  const Tiles shape(all_rows, in_bytes ? 7 : 5);
   Finishing<T> finishing(a);
   PairsAhead pairs(a.weights, ahead ? part.panels : Share{0, 0}, padded, room);
   for (int64_t number = part.panels.begin; number < part.panels.end; ++number) {
     Panel panel{a.weights.words + number * words, width_of(a.weights.outputs, number), a.weights.highs};
-    if (Words::kGroup > 1) panel.rare = a.weights.rare, panel.rare_begin = a.weights.rare_begin + number * kPanelBlocks;
+    if (is_short) panel.rare = a.weights.rare, panel.rare_begin = a.weights.rare_begin + number * kPanelBlocks;
     if (ahead) panel.words = pairs.take();
     const int64_t later = number + (ahead ? 2 : 1);
     const char* line = reinterpret_cast<const char*>(later < part.panels.end ? a.weights.words + later * words : part.next);
-    for (int64_t row = part.rows.begin; row < part.rows.end; row += kTallRows) {
-      const int64_t rows = smaller(kTallRows, part.rows.end - row);
+    for (int64_t row = part.rows.begin; row < part.rows.end; row += tall) {
+      const int64_t rows = smaller(tall, part.rows.end - row);
       const int64_t again = smaller(larger(kTile - rows, 0), row - part.rows.begin);  // rows before these: tiles are whole
       const int64_t pace = up_to(ceil_div(finishing.left() * kTile, padded), 2);
       const auto meanwhile = [&] {
@@ -247,11 +284,17 @@ inline void panels_by_tiles(const Linear& a, const LinearRows& x, const LinearPa
         finishing.some(pace);
       };
       const float* of_x = x.words + (row - again) * x.row;
-      const auto multiply = [&](auto kind, auto tall) {
-        panel_by_tiles<decltype(kind), decltype(tall)::value>(rows + again, panel, of_x, x.row, ahead ? padded : steps, finishing.sums(), meanwhile);
+      const auto multiply = [&](auto kind, auto height) {
+        panel_by_tiles<decltype(kind), decltype(height)::value>(rows + again, panel, of_x, x.row, ahead ? padded : steps, finishing.sums(),
+                                                                meanwhile);
       };
-      const auto with_kind = [&](auto tall) { ahead ? multiply(PairWords{}, tall) : multiply(Words{}, tall); };
-      rows + again > kTile ? with_kind(Number<2>{}) : with_kind(Number<1>{});
+      const auto multiply_all = [&](auto height) {
+        if constexpr (is_short) {
+          if (ahead) return multiply(PairWords{}, height);
+        }
+        multiply(Words{}, height);
+      };
+      rows + again > kTile ? multiply_all(Number<2>{}) : multiply_all(Number<1>{});
       finishing.begin(row, rows, again, number * kPanelOutputs, panel.width);
     }
   }

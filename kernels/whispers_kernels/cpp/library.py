@@ -57,7 +57,7 @@ _LIBRARY.whispers_threads.restype = ctypes.c_int64
 
 
 def isas() -> tuple[str, ...]:
-    """Names of the instruction sets that this machine has, the best first: of amx_bf16, avx512_bf16, avx512 and avx2."""
+    """Names of the instruction sets that this machine has, the best first: of amx, avx512_bf16, avx512 and avx2."""
     return _ISAS
 
 
@@ -68,7 +68,7 @@ def isa() -> str:
 
 def bf16_step() -> int:
     """How many neighbours in depth its products of bf16 by bf16 take at a time; 0: it has no instruction for them."""
-    return {"amx_bf16": 32, "avx512_bf16": 2}.get(_ISA, 0)
+    return {"amx": 32, "avx512_bf16": 2}.get(_ISA, 0)
 
 
 def num_threads() -> int:
