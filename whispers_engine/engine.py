@@ -14,6 +14,7 @@ from torch import Tensor
 
 from whispers_kernels.ops import check_impl
 
+from . import auto
 from .chat import ChatEncoder, Question, load_tokenizer
 from .config import DTYPES, ModelConfig
 from .decode import Decoder
@@ -93,7 +94,7 @@ class Engine:
             raise WhispersError(
                 f"quantization: {quantization!r} with impl {impl!r}; accepted: None, or 'int8' with the C++ kernels ('cpp')"
             )
-        page_size = auto_page_size(where, impl) if page_size is None else page_size
+        page_size = auto.auto_page_size(where, impl) if page_size is None else page_size
         if max_num_batched_tokens is None:
             max_num_batched_tokens = max(max_num_seqs, 8192 if where.type == "cuda" else 512)
         for name, size, least in (
@@ -115,7 +116,7 @@ class Engine:
             raise WhispersError(
                 f"{committee}: made for the base {loaded.base_name} ({loaded.fingerprint}); {model} is {self.fingerprint}"
             )
-        torch_dtype = auto_dtype(where, impl, DTYPES[config.dtype]) if dtype == "auto" else DTYPES[dtype]
+        torch_dtype = auto.auto_dtype(where, impl, DTYPES[config.dtype]) if dtype == "auto" else DTYPES[dtype]
         self.tokenizer = load_tokenizer(folder)
         self.chat = ChatEncoder(self.tokenizer, config.vocab_size, chat_template_kwargs)
         self.model = Model(config, load_weights(checkpoint, config, torch_dtype, where), impl, quantization)
@@ -388,28 +389,6 @@ class _Stream(Iterator[Event]):
 
     def __del__(self) -> None:
         self.close()
-
-
-def auto_dtype(device: torch.device, impl: str, stored: torch.dtype) -> torch.dtype:
-    """What `dtype="auto"` is: as stored on a GPU; on a CPU bfloat16 where the C++ kernels have instructions for it, else float32."""
-    if device.type != "cpu":
-        return stored
-    if impl != "cpp":
-        return torch.float32
-    from whispers_kernels.cpp import bf16_step
-
-    return torch.bfloat16 if bf16_step() else torch.float32
-
-
-def auto_page_size(device: torch.device, impl: str) -> int:
-    """64 on a GPU; on a CPU few, so that branches waste little of their last page: 16, or as many as its products take at a time."""
-    if device.type != "cpu":
-        return 64
-    if impl != "cpp":
-        return 16
-    from whispers_kernels.cpp import bf16_step
-
-    return max(16, bf16_step())
 
 
 def device_of(name: str) -> torch.device:

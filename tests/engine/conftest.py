@@ -22,7 +22,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-import whispers_engine.engine as engine_module
+import whispers_engine.auto as auto_module
 from whispers_engine import Engine, Expert
 from whispers_engine.bench import measure
 from whispers_engine.cli.main import run
@@ -164,12 +164,12 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 @pytest.fixture(autouse=True, scope="session")
 def float32_by_default() -> Iterator[None]:
     """Results are compared with transformers to 1e-4, on processors that would compute in bfloat16 too."""
-    auto = engine_module.auto_dtype
+    choose = auto_module.auto_dtype
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            engine_module,
+            auto_module,
             "auto_dtype",
-            lambda device, impl, stored: torch.float32 if device.type == "cpu" else auto(device, impl, stored),
+            lambda device, impl, stored: torch.float32 if device.type == "cpu" else choose(device, impl, stored),
         )
         yield
 

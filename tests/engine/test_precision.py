@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-import whispers_engine.engine as engine_module
+import whispers_engine.auto as auto_module
 from tests.engine.conftest import Tiny, soft_prompt, token_ids
 from whispers_engine import Engine, Request, SamplingParams, Token
 from whispers_kernels import available_impls
 
-CHOOSE = engine_module.auto_dtype  # as it is before the tests' own default
+CHOOSE = auto_module.auto_dtype  # as it is before the tests' own default
 needs_cpp = pytest.mark.skipif("cpp" not in available_impls(), reason="needs the C++ kernels")
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from whispers_kernels.ops import check_impl
 
+from .. import auto
 from .. import engine as engines
 from ..chat import ChatEncoder, load_tokenizer
 from ..config import DTYPES, ModelConfig
@@ -108,4 +109,4 @@ class Base:
 def _auto_dtype(device: torch.device, stored: torch.dtype) -> torch.dtype:
     if device.type != "cpu":
         return torch.float32 if stored == torch.float32 else torch.bfloat16
-    return engines.auto_dtype(device, check_impl("auto", device), stored)
+    return auto.auto_dtype(device, check_impl("auto", device), stored)
