@@ -292,24 +292,63 @@ class Item {
   Scaling how_;
 };
 
+// One line's partial results, as many as a vector has lanes, merged one after the other as `fold` does, bit for bit, but for all of their factors
+// being made at once.
+class Merging {
+ public:
+  // `acc`: where the line comes to lie, [width].
+  Merging(float* acc, int64_t width) : acc_(acc), width_(width) { __builtin_memset(acc, 0, width * sizeof(float)); }
+  void add(const float* acc, const Sum& sum) {
+    if (is_nothing(sum)) return;
+    before_[count_] = all_.top;
+    if (sum.top > all_.top) all_.top = sum.top;
+    after_[count_] = all_.top;
+    parts_[count_] = acc, top_[count_] = sum.top, total_[count_] = sum.total;
+    if (++count_ == W) merge();
+  }
+  // The rest of them.
+  Sum end() {
+    merge();
+    return all_;
+  }
+
+ private:
+  void merge() {
+    const Vec base = or_zero(load(after_));
+    store(before_, exp2(load(before_) - base));
+    store(top_, exp2(load(top_) - base));
+    for (int64_t i = 0; i < count_; ++i) all_.total = __builtin_fmaf(total_[i], top_[i], all_.total * before_[i]);
+    for (int64_t at = 0; at < width_; at += W) {
+      Vec sum = load(acc_ + at);
+      for (int64_t i = 0; i < count_; ++i) sum = fma(load(parts_[i] + at), splat(top_[i]), sum * splat(before_[i]));
+      store(acc_ + at, sum);
+    }
+    count_ = 0;
+  }
+
+  float* acc_;
+  int64_t width_, count_ = 0;
+  Sum all_ = kNothing;
+  const float* parts_[W];
+  alignas(64) float top_[W] = {}, before_[W] = {}, after_[W] = {}, total_[W];
+};
+
 template <class T>
 void merge_rows(const Attention& a, const Partials& partials, const Crew& crew) {
   const int64_t group = a.q_heads / a.kv_heads, width = padded_dim(a);
   const Share share = share_of(a.header[1] * a.kv_heads, crew);
   Pieces pieces(crew.own());
-  float* acc = pieces.take<float>(group * width);
-  Sum* sums = pieces.take<Sum>(group);
+  float* acc = pieces.take<float>(width);
   for (int64_t task = share.begin; task < share.end; ++task) {
     const int64_t index = task / a.kv_heads, kv_head = task % a.kv_heads;
-    __builtin_memset(acc, 0, group * width * sizeof(float));
-    for (int64_t i = 0; i < group; ++i) sums[i] = kNothing;
-    for (int64_t at = a.merge_ptr[index]; at < a.merge_ptr[index + 1]; ++at) {
-      const int64_t line = (kv_head * a.slots + a.merge_slots[at]) * group;
-      fold(acc, sums, partials.acc + line * width, partials.sums + line, group, width);
-    }
     for (int64_t i = 0; i < group; ++i) {
+      Merging merging(acc, width);
+      for (int64_t at = a.merge_ptr[index]; at < a.merge_ptr[index + 1]; ++at) {
+        const int64_t line = (kv_head * a.slots + a.merge_slots[at]) * group + i;
+        merging.add(partials.acc + line * width, partials.sums[line]);
+      }
       const int64_t to = a.merge_rows[index] * a.q_heads + kv_head * group + i;
-      finish(acc + i * width, sums[i], static_cast<T*>(a.out) + to * a.dim, a.lse == nullptr ? nullptr : a.lse + to, a.dim);
+      finish(acc, merging.end(), static_cast<T*>(a.out) + to * a.dim, a.lse == nullptr ? nullptr : a.lse + to, a.dim);
     }
   }
 }

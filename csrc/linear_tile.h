@@ -22,6 +22,7 @@ struct Panel {
   float* pairs;
   const Rare* rare;
   const int32_t* rare_begin;  // [blocks + 1]
+  int64_t ahead;              // where tiles are multiplied: how far behind these words those lie that are read next
 };
 
 // Adds what weights without a code contribute, after all others: a row's bits do not depend on its neighbours. A vector at a time, zeros for its

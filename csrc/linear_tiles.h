@@ -15,15 +15,18 @@ namespace whispers::WHISPERS_ISA {
 
 constexpr int64_t kTallRows = 2 * kTile;  // of two rows of tiles
 
-// Weights of `count` steps, whole groups of them at `w`, as pairs [count, width] at `to`.
-template <int kWide>
-inline void unpack_steps(const ShortWords::Key& key, const float* w, int64_t count, float* to) {
+// Weights of `count` steps, whole groups of them at `w`, as pairs [count, width] at `to`; with each vector, where `fetches`, the line `ahead` words
+// behind it is fetched.
+template <int kWide, bool fetches>
+inline void unpack_steps(const ShortWords::Key& key, const float* w, int64_t count, float* to, int64_t ahead) {
   constexpr int64_t width = kWide * kOutputs;
   for (int64_t step = 0; step < count; step += ShortWords::kGroup, w += ShortWords::kGroupWords * width) {
 #pragma GCC unroll 3
     for (int j = 0; j < kWide; ++j) {
+      if (fetches) __builtin_prefetch(w + j * W + ahead, 0, 1);
 #pragma GCC unroll 2
       for (int half = 0; half < 2; ++half) {
+        if (fetches) __builtin_prefetch(w + (1 + half) * width + j * W + ahead, 0, 1);
         Vec words[ShortWords::kTogether];
         ShortWords::read(key, w + j * W, width, half, words, nullptr);
         for (int s = 0; s < ShortWords::kTogether; ++s) store(to + (step + half * ShortWords::kTogether + s) * width + j * W, words[s]);
@@ -84,12 +87,12 @@ template <int kWide>
 class TilesOf<ShortWords, kWide> {
  public:
   static constexpr int64_t kRow = kWide * kOutputs;
-  explicit TilesOf(const Panel& panel) : key_(panel.highs), rare_(panel), words_(panel.words) {}
+  explicit TilesOf(const Panel& panel) : key_(panel.highs), rare_(panel), words_(panel.words), ahead_(panel.ahead) {}
   const float* take(int64_t step, int64_t steps) {
     float* to = pairs_ + (turn_ = !turn_) * kTile * kRow;
     const int64_t count = smaller(kTile, steps - step);
     if (count < kTile) __builtin_memset(to, 0, kTile * kRow * sizeof(float));
-    unpack_steps<kWide>(key_, words_, count, to);
+    unpack_steps<kWide, true>(key_, words_, count, to, ahead_);
     rare_.put(step, step + count, to);
     words_ += kTile / ShortWords::kGroup * ShortWords::kGroupWords * kRow;
     return to;
@@ -99,6 +102,7 @@ class TilesOf<ShortWords, kWide> {
   const ShortWords::Key key_;
   RareInOrder<kWide> rare_;
   const float* words_;
+  int64_t ahead_;
   bool turn_ = false;
   alignas(64) float pairs_[2 * kTile * kRow];
 };
@@ -166,6 +170,17 @@ inline void panel_by_tiles(int64_t rows, const Panel& panel, const float* x, int
   }
 }
 
+template <class Words>
+inline const float* words_of(const Packed& p, int64_t panel) { return p.words + panel * kPanelOutputs * stored_of<Words>(p); }
+
+// How far behind a panel's words those lie that this thread reads `later` panels after it, at most the first of its next product; 0 where it reads
+// no more.
+template <class Words>
+inline int64_t words_after(const Packed& p, const LinearPart& part, int64_t panel, int64_t later) {
+  if (panel + later < part.panels.end) return later * kPanelOutputs * stored_of<Words>(p);
+  return part.next == nullptr ? 0 : part.next - words_of<Words>(p, panel);
+}
+
 // The panels of short weights as pairs, one after the other, each while the one before is multiplied by several tiles of rows.
 class PairsAhead {
  public:
@@ -181,11 +196,11 @@ class PairsAhead {
     float* to = this->to() + step_ * width_;
     const ShortWords::Key key(p_.highs);
     if (width_ == 3 * kOutputs) {
-      unpack_steps<3>(key, from, ShortWords::kGroup, to);
+      unpack_steps<3, false>(key, from, ShortWords::kGroup, to, 0);
     } else if (width_ == 2 * kOutputs) {
-      unpack_steps<2>(key, from, ShortWords::kGroup, to);
+      unpack_steps<2, false>(key, from, ShortWords::kGroup, to, 0);
     } else {
-      unpack_steps<1>(key, from, ShortWords::kGroup, to);
+      unpack_steps<1, false>(key, from, ShortWords::kGroup, to, 0);
     }
     step_ += ShortWords::kGroup;
   }
@@ -207,7 +222,7 @@ class PairsAhead {
   float* to() const { return room_ + next_ % 2 * padded_ * kPanelOutputs; }
   void begin() {
     step_ = next_ < end_ ? 0 : steps_;
-    words_ = p_.words + next_ * kPanelOutputs * stored_of<ShortWords>(p_);
+    words_ = words_of<ShortWords>(p_, next_);
     width_ = next_ < end_ ? width_of(p_.outputs, next_) : 0;
   }
 
@@ -254,32 +269,32 @@ inline int64_t tiles_scratch(const Linear& a) {
   return unpacks_ahead(a) ? 2 * kPanelOutputs * up_to(steps_of<ShortWords>(a.weights), kTile) * 4 : 0;
 }
 
-// A thread's part. Lines of the weights to come are fetched at every step, in equal parts.
+// A thread's part. What it reads next is fetched in equal parts: where short weights become pairs just before they are multiplied, a line with each
+// vector of them (all lines of a step at once had to be waited for: 32 rows 0.9 of the time), else some at every step.
 template <class Words, class T>
 inline void panels_by_tiles(const Linear& a, const LinearRows& x, const LinearPart& part, float* room) {
   constexpr bool is_short = Words::kGroup > 1, in_bytes = Words::kNumbers == 4;
   constexpr int64_t tall = in_bytes ? kTile : kTallRows;
   const bool ahead = is_short && unpacks_ahead(a);
-  const int64_t steps = steps_of<Words>(a.weights), padded = up_to(steps, kTile), words = kPanelOutputs * stored_of<Words>(a.weights);
-  const int64_t all_rows = part.rows.end - part.rows.begin, tiles = ceil_div(all_rows, tall), calls = tiles * padded / kTile;
-  const int64_t lines = ceil_div(ceil_div(words * 4, kLine), calls), groups = ahead ? ceil_div(steps / Words::kGroup, calls) : 0;
+  const int64_t steps = steps_of<Words>(a.weights), padded = up_to(steps, kTile);
+  const int64_t all_rows = part.rows.end - part.rows.begin, calls = ceil_div(all_rows, tall) * padded / kTile;
+  const int64_t lines = is_short && !ahead ? 0 : ceil_div(ceil_div(kPanelOutputs * stored_of<Words>(a.weights) * 4, kLine), calls);
+  const int64_t groups = ahead ? ceil_div(steps / Words::kGroup, calls) : 0;
   const Tiles shape(all_rows, in_bytes ? 7 : 5);
   Finishing<T> finishing(a);
   PairsAhead pairs(a.weights, ahead ? part.panels : Share{0, 0}, padded, room);
   for (int64_t number = part.panels.begin; number < part.panels.end; ++number) {
-    Panel panel{a.weights.words + number * words, width_of(a.weights.outputs, number), a.weights.highs};
+    Panel panel{words_of<Words>(a.weights, number), width_of(a.weights.outputs, number), a.weights.highs};
+    panel.ahead = words_after<Words>(a.weights, part, number, ahead ? 2 : 1);
     if (is_short) panel.rare = a.weights.rare, panel.rare_begin = a.weights.rare_begin + number * kPanelBlocks;
+    const char* line = reinterpret_cast<const char*>(panel.words + panel.ahead);
     if (ahead) panel.words = pairs.take();
-    const int64_t later = number + (ahead ? 2 : 1);
-    const char* line = reinterpret_cast<const char*>(later < part.panels.end ? a.weights.words + later * words : part.next);
     for (int64_t row = part.rows.begin; row < part.rows.end; row += tall) {
       const int64_t rows = smaller(tall, part.rows.end - row);
       const int64_t again = smaller(larger(kTile - rows, 0), row - part.rows.begin);  // rows before these: tiles are whole
       const int64_t pace = up_to(ceil_div(finishing.left() * kTile, padded), 2);
       const auto meanwhile = [&] {
-        if (line != nullptr) {
-          for (int64_t i = 0; i < lines; ++i, line += kLine) __builtin_prefetch(line, 0, 2);
-        }
+        for (int64_t i = 0; i < lines; ++i, line += kLine) __builtin_prefetch(line, 0, 2);
         for (int64_t i = 0; i < groups; ++i) pairs.some();
         finishing.some(pace);
       };
