@@ -19,7 +19,8 @@ from torch import Tensor
 
 from whispers_kernels.cpp import isa, num_threads
 from whispers_kernels.cpp.linear import PackedLinear
-from whispers_kernels.cpp.packing import Memory, quantize
+from whispers_kernels.cpp.packing import quantize
+from whispers_kernels.memory import Memory
 
 SHAPES = (
     (960, 576),

@@ -118,7 +118,7 @@ class Item {
   Item(const Attention& a, const Shape<Math>& shape, const Workspace<Math>& w, const int32_t* item, int64_t head, const int32_t* next,
        int64_t next_head)
       : a_(a), s_(shape), w_(w), head_(head), row_begin_(item[0]), rows_(item[1] - item[0]), tall_(rows_ * shape.group),
-        weighs_long_(Math::kTiled && tall_ > kStrip<Math>), last_part_(item[3] - 1), next_(next), next_head_(next_head) {
+        last_part_(item[3] - 1), next_(next), next_head_(next_head) {
     const bool capped = a.softcap > 0, factors = a.page_dtype == kFp8;
     constexpr double log2e = 1.4426950408889634;
     how_ = {static_cast<float>(a.scale / (capped ? a.softcap : 1.0)), static_cast<float>((capped ? a.softcap : a.scale) * log2e), capped,
@@ -193,7 +193,7 @@ class Item {
       } else {
         locate_next(number);
       }
-      fetch_ = Fetch<Page>(a_, *w_.ahead, Math::kTiled && !weighs_long_ ? 8 : 1);
+      fetch_ = Fetch<Page>(a_, *w_.ahead, Math::kTiled && tall_ < kUnit<Math> ? 8 : 1);
       block(first_key, key, smaller(key + kKeys, end));
     }
   }
@@ -224,11 +224,9 @@ class Item {
     // The block to come is fetched at every step of the products, as evenly as can be: a core has some 20 lines on their way, and who asks for
     // more waits. (8 rows over 2048 keys, 30 layers on Zen 4: 4.3 ms; 0.3 ms more with bursts between the products, 1.3 without any, and 0.3
     // less with everything in the cache.) Packing takes about as long as few rows' products: it asks for what those leave over.
-    // Tiles multiply in a third of the time that the weighing takes, and wait for lines of this block: several strips of them ask while they
-    // weigh (32 rows of 3 heads over 2048 keys on a Xeon with AMX: 9.9 -> 9.1 ms).
-    const int64_t steps = weighs_long_ ? 2 * tall_
-                                       : steps_of_product<Math>(tall_, ceil_div(keys, W), s_.depth) +
-                                             steps_of_product<Math>(tall_, s_.width / W, ceil_div(keys, Math::kPack));
+    // Tiles multiply in a third of the time that the weighing takes, and wait for lines of this block: who multiplies in them asks while weighing, too.
+    const int64_t steps = steps_of_product<Math>(tall_, ceil_div(keys, W), s_.depth) +
+                          steps_of_product<Math>(tall_, s_.width / W, ceil_div(keys, Math::kPack)) + (Math::kTiled ? 2 * tall_ : 0);
     const int64_t rest = a_.in_panels ? 0 : larger(fetch_.lines() - steps, 0), pace = ceil_div(rest, 2 * ceil_div(keys, W));
     lines_a_step_ = ceil_div(fetch_.lines() - rest, steps);
     const auto pause = [&] {
@@ -259,30 +257,26 @@ class Item {
     const auto fetch = [&] {
       for (int64_t i = 0; i < lines_a_step_; ++i) fetch_.next_line();
     };
-    const auto multiplying = [&] {
-      if (!weighs_long_) fetch();
-    };
     const auto weighing = [&] {
-      if (weighs_long_) fetch();
+      if (Math::kTiled) fetch();
     };
     multiply<Math, false>(end - begin, ceil_div(keys, W), w_.queries + begin * s_.depth, s_.depth, keys_, w_.scores, kScoresRow<Math>, s_.depth,
-                          w_.shrink, multiplying);
+                          w_.shrink, fetch);
     bool all_fresh = true;  // fresh: a row whose `acc` holds nothing yet, not even zeros
     for (int64_t i = begin; i < end; ++i) all_fresh = all_fresh && is_nothing(w_.sums[i]);
     for (int64_t i = begin; !all_fresh && i < end; ++i) {
       if (is_nothing(w_.sums[i])) __builtin_memset(w_.acc + i * s_.width, 0, s_.width * sizeof(float));
     }
     weigh<Math>(w_.scores, w_.seen + begin, end - begin, keys, how_, *w_.at, w_.sums + begin, w_.shrink, weighing);
-    const auto add_values = all_fresh ? multiply<Math, false, decltype(multiplying)> : multiply<Math, true, decltype(multiplying)>;
+    const auto add_values = all_fresh ? multiply<Math, false, decltype(fetch)> : multiply<Math, true, decltype(fetch)>;
     add_values(end - begin, s_.width / W, w_.scores, kScoresRow<Math>, values_, w_.acc + begin * s_.width, s_.width, ceil_div(keys, Math::kPack),
-               w_.shrink, multiplying);
+               w_.shrink, fetch);
   }
 
   const Attention& a_;
   const Shape<Math>& s_;
   Workspace<Math> w_;
   const int64_t head_, row_begin_, rows_, tall_;
-  const bool weighs_long_;  // longer than it multiplies
   const int64_t last_part_;
   const int32_t* next_;
   const int64_t next_head_;

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from whispers_kernels import available_impls
+from whispers_kernels.memory import Memory
 
 from .impls import poison
 from .rounding import normal
@@ -22,7 +23,7 @@ pytestmark = pytest.mark.skipif("cpp" not in available_impls(), reason="needs th
 if "cpp" in available_impls():
     from whispers_kernels.cpp import isa, isas
     from whispers_kernels.cpp.linear import PackedLinear
-    from whispers_kernels.cpp.packing import Memory, quantize, quantize_rows
+    from whispers_kernels.cpp.packing import quantize, quantize_rows
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Outputs and inputs: one; no whole block, panel, word; several panels and a narrower one; whole ones.

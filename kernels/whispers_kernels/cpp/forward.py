@@ -12,12 +12,12 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from ..memory import Memory
 from ..plan import FixedPlan, Plan
 from .attention import tile_rows
 from .library import address, bf16_step, check_pages, dense, dtype_of, operation, page_layout
 from .likeliest import likeliest_of
 from .linear import PackedLinear
-from .packing import Memory
 
 # A Forward of csrc/forward_args.h: itself, then its EmbedRows, UnpackRows, RopeAndStore, Attention and Wanted.
 _forward = operation("forward", "18qd" + "12q" + "17q" + "32q" + "36q2d" + "10q")

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..memory import Memory
 from .library import address, dense, dtype_of, operation
-from .packing import Memory, in_turn, padded_vector, quantize, words_of
+from .packing import in_turn, padded_vector, quantize, words_of
 from .short import shorten
 
 _linear = operation("linear", "20q")
