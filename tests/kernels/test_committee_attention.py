@@ -429,6 +429,18 @@ def test_a_branch_decodes_over_2700_keys_within_the_budget(impl: str, dtype: tor
     check(case, case.inputs(dtype), impl, {})
 
 
+@with_kernels("dtype", {"cpp": [F32, F16, BF16]})
+def test_a_row_merges_more_partial_results_than_a_vector_has_lanes(impl: str, dtype: torch.dtype) -> None:
+    case = step(64, 1500, decode(1500, 5))
+    inputs = case.inputs(dtype)
+    with schedule_constants({"RANGE": 64}):
+        assert lay_out(*case.plan().columns, 1).merge_ptr[1] > 16
+        check(case, inputs, impl, {})
+        merged = attend(case, inputs, impl)
+    with schedule_constants({"RANGE": 64, "PARTIALS_AT_MOST": 0}):
+        assert all(map(torch.equal, attend(case, inputs, impl), merged)), "in place"
+
+
 @every_kernel
 def test_a_random_rows_bits_do_not_depend_on_its_neighbours(impl: str) -> None:
     kinds = [(F32, None), (F16, None), (F16, FP8), (F32, FP8), (BF16, FP8), (F16, F32)]
