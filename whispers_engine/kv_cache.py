@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 from typing import Literal
@@ -12,6 +13,8 @@ import torch
 from torch import Tensor
 
 from whispers_kernels.panels import empty_panels, read_panels, write_panels
+
+from .errors import WhispersError
 
 Role = Literal["pinned", "context", "branch"]
 
@@ -40,6 +43,9 @@ class PagePool:
         num_layers, kv_heads, head_dim: shape of one position's keys and values.
         dtype, device: of the store.
         panels: whether it lies as the C++ kernels multiply it (`whispers_kernels.panels`).
+
+    Raises:
+        WhispersError: a pool that the device has no memory for.
     """
 
     def __init__(
@@ -55,11 +61,18 @@ class PagePool:
     ):
         shape = (num_layers, num_pages, page_size, kv_heads, head_dim)
         self._panels = panels
-        if panels:
-            self.k, self.v = empty_panels(*shape, dtype)
-        else:
-            self.k = torch.empty(shape, dtype=dtype, device=device)  # [L, N, page_size, Hkv, D]
-            self.v = torch.empty(shape, dtype=dtype, device=device)
+        try:
+            if panels:
+                self.k, self.v = empty_panels(*shape, dtype)
+            else:
+                self.k = torch.empty(shape, dtype=dtype, device=device)  # [L, N, page_size, Hkv, D]
+                self.v = torch.empty(shape, dtype=dtype, device=device)
+        except (OSError, RuntimeError) as error:  # of the system, and of PyTorch
+            size = 2e-9 * math.prod(shape) * dtype.itemsize
+            raise WhispersError(
+                f"kv_cache_tokens: {num_pages * page_size}, {size:.0f} GB of keys and values; "
+                f"accepted: what {device} has memory for ({error})"
+            ) from error
         self.num_pages = num_pages
         self.page_size = page_size
         self._free = list(range(num_pages - 1, -1, -1))

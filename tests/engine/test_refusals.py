@@ -242,6 +242,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "max_num_seqs 0": ({"max_num_seqs": 0}, ("max_num_seqs: 0", "accepted: an integer, at least 1")),
     "max_num_batched_tokens 0": ({"max_num_batched_tokens": 0}, ("max_num_batched_tokens: 0", "accepted: an integer, at least 1")),
     "pool below a page": ({"kv_cache_tokens": 7, "page_size": 8}, ("kv_cache_tokens: 7", "accepted: an integer, at least 8")),
+    "pool beyond all memory": ({"kv_cache_tokens": 10**14}, ("kv_cache_tokens: 100000000000000", "accepted: what cpu has memory for")),
 }  # fmt: skip
 
 
