@@ -107,11 +107,11 @@ class TilesOf<ShortWords, kWide> {
   alignas(64) float pairs_[2 * kTile * kRow];
 };
 
-// sums [rows, kPanelOutputs]: rows of x, at most kTallRows, times a panel. The second of two rows of tiles ends with the last row. `meanwhile` is
-// called at every tile's depth: vectors work beside tiles.
-template <class Words, int kTall, int kWide, class Meanwhile>
+// sums [rows, kPanelOutputs]: rows of x, at most kTallRows, times a panel. The second of two rows of tiles ends with the last row. At every tile's
+// depth `fetch` is called with the number of calls that are to come to a whole depth's lines, and `meanwhile`: vectors work beside tiles.
+template <class Words, int kTall, int kWide, class Fetching, class Meanwhile>
 __attribute__((noinline)) void linear_by_tiles(int64_t rows, const Panel& panel, const float* x, int64_t x_row, int64_t steps, float* sums,
-                                               Meanwhile& meanwhile) {
+                                               Fetching& fetch, Meanwhile& meanwhile) {
   TilesOf<Words, kWide> weights(panel);
   const int64_t below = kTall == 2 ? rows - kTile : 0;
   each_tile<kTall, kWide>([](auto, auto, auto tile) { clear_tile<tile.value>(); });
@@ -121,6 +121,7 @@ __attribute__((noinline)) void linear_by_tiles(int64_t rows, const Panel& panel,
     if (step + kTile < steps) next = weights.take(step + kTile, steps);
     const float* const of_x[] = {x + step, x + below * x_row + step};
     multiply_tiles<kTall, kWide>(of_x, x_row * 4, columns, TilesOf<Words, kWide>::kRow * 4);
+    fetch(Number<1>{});
     meanwhile();
   }
   each_tile<kTall, kWide>([&](auto i, auto j, auto tile) {
@@ -129,9 +130,9 @@ __attribute__((noinline)) void linear_by_tiles(int64_t rows, const Panel& panel,
 }
 
 // As `linear_by_tiles`, of int8: x = 256 high + low, each of which meets the weights in a product of its own.
-template <int kWide, class Meanwhile>
+template <int kWide, class Fetching, class Meanwhile>
 __attribute__((noinline)) void quads_by_tiles(int64_t rows, const Panel& panel, const float* x, int64_t x_row, int64_t steps, float* sums,
-                                              Meanwhile& meanwhile) {
+                                              Fetching& fetch, Meanwhile& meanwhile) {
   TilesOf<QuadWords, kWide> weights(panel);
   const int64_t padded = up_to(steps, kTile);
   const float *low = x + padded, *marks = low + padded;
@@ -140,7 +141,7 @@ __attribute__((noinline)) void quads_by_tiles(int64_t rows, const Panel& panel, 
   for (int64_t begin = 0; begin < padded; begin += QuadWords::kSpan, marks += QuadWords::kMarks) {
     each_tile<2, kWide>([](auto, auto, auto tile) { clear_tile<tile.value>(); });
     for (int64_t step = begin; step < smaller(begin + QuadWords::kSpan, padded); step += kTile) {
-      multiply_bytes<kWide>(x + step, low + step, x_row * 4, weights.take(step, steps), kWide * kOutputs * 4);
+      multiply_bytes<kWide>(x + step, low + step, x_row * 4, weights.take(step, steps), kWide * kOutputs * 4, [&] { fetch(Number<2 * kWide>{}); });
       meanwhile();
     }
     each_tile<2, kWide>([&](auto i, auto j, auto tile) {
@@ -157,16 +158,17 @@ __attribute__((noinline)) void quads_by_tiles(int64_t rows, const Panel& panel, 
   }
 }
 
-template <class Words, int kTall, class Meanwhile>
-inline void panel_by_tiles(int64_t rows, const Panel& panel, const float* x, int64_t x_row, int64_t steps, float* sums, Meanwhile& meanwhile) {
+template <class Words, int kTall, class Fetching, class Meanwhile>
+inline void panel_by_tiles(int64_t rows, const Panel& panel, const float* x, int64_t x_row, int64_t steps, float* sums, Fetching& fetch,
+                           Meanwhile& meanwhile) {
   if constexpr (Words::kNumbers == 4) {
-    if (panel.width == 3 * kOutputs) return quads_by_tiles<3>(rows, panel, x, x_row, steps, sums, meanwhile);
-    if (panel.width == 2 * kOutputs) return quads_by_tiles<2>(rows, panel, x, x_row, steps, sums, meanwhile);
-    quads_by_tiles<1>(rows, panel, x, x_row, steps, sums, meanwhile);
+    if (panel.width == 3 * kOutputs) return quads_by_tiles<3>(rows, panel, x, x_row, steps, sums, fetch, meanwhile);
+    if (panel.width == 2 * kOutputs) return quads_by_tiles<2>(rows, panel, x, x_row, steps, sums, fetch, meanwhile);
+    quads_by_tiles<1>(rows, panel, x, x_row, steps, sums, fetch, meanwhile);
   } else {
-    if (panel.width == 3 * kOutputs) return linear_by_tiles<Words, kTall, 3>(rows, panel, x, x_row, steps, sums, meanwhile);
-    if (panel.width == 2 * kOutputs) return linear_by_tiles<Words, kTall, 2>(rows, panel, x, x_row, steps, sums, meanwhile);
-    linear_by_tiles<Words, kTall, 1>(rows, panel, x, x_row, steps, sums, meanwhile);
+    if (panel.width == 3 * kOutputs) return linear_by_tiles<Words, kTall, 3>(rows, panel, x, x_row, steps, sums, fetch, meanwhile);
+    if (panel.width == 2 * kOutputs) return linear_by_tiles<Words, kTall, 2>(rows, panel, x, x_row, steps, sums, fetch, meanwhile);
+    linear_by_tiles<Words, kTall, 1>(rows, panel, x, x_row, steps, sums, fetch, meanwhile);
   }
 }
 
@@ -270,7 +272,7 @@ inline int64_t tiles_scratch(const Linear& a) {
 }
 
 // A thread's part. What it reads next is fetched in equal parts: where short weights become pairs just before they are multiplied, a line with each
-// vector of them (all lines of a step at once had to be waited for: 32 rows 0.9 of the time), else some at every step.
+// vector of them (all lines of a step at once had to be waited for: 32 rows 0.9 of the time), else some at every step or, of int8, product.
 template <class Words, class T>
 inline void panels_by_tiles(const Linear& a, const LinearRows& x, const LinearPart& part, float* room) {
   constexpr bool is_short = Words::kGroup > 1, in_bytes = Words::kNumbers == 4;
@@ -293,14 +295,16 @@ inline void panels_by_tiles(const Linear& a, const LinearRows& x, const LinearPa
       const int64_t rows = smaller(tall, part.rows.end - row);
       const int64_t again = smaller(larger(kTile - rows, 0), row - part.rows.begin);  // rows before these: tiles are whole
       const int64_t pace = up_to(ceil_div(finishing.left() * kTile, padded), 2);
+      const auto fetch = [&](auto calls) {
+        for (int64_t i = 0; i < ceil_div(lines, calls.value); ++i, line += kLine) __builtin_prefetch(line, 0, 2);
+      };
       const auto meanwhile = [&] {
-        for (int64_t i = 0; i < lines; ++i, line += kLine) __builtin_prefetch(line, 0, 2);
         for (int64_t i = 0; i < groups; ++i) pairs.some();
         finishing.some(pace);
       };
       const float* of_x = x.words + (row - again) * x.row;
       const auto multiply = [&](auto kind, auto height) {
-        panel_by_tiles<decltype(kind), decltype(height)::value>(rows + again, panel, of_x, x.row, ahead ? padded : steps, finishing.sums(),
+        panel_by_tiles<decltype(kind), decltype(height)::value>(rows + again, panel, of_x, x.row, ahead ? padded : steps, finishing.sums(), fetch,
                                                                 meanwhile);
       };
       const auto multiply_all = [&](auto height) {

@@ -120,19 +120,20 @@ inline void multiply_tiles(const float* const* a, int64_t a_bytes, const float* 
 }
 
 // Adds one tile's depth of int8: 16 rows' high and low bytes, each with sums of its own, by up to 3 columns of tiles. Column j's are C 2 j and 2 j + 1.
-template <int kWide>
-inline void multiply_bytes(const float* high, const float* low, int64_t a_bytes, const float* b, int64_t b_bytes) {
+// `meanwhile` is called after every product.
+template <int kWide, class Meanwhile>
+inline void multiply_bytes(const float* high, const float* low, int64_t a_bytes, const float* b, int64_t b_bytes, Meanwhile&& meanwhile) {
   static_assert(kWide <= 3);
   load_tile<6>(high, a_bytes), load_tile<7>(b, b_bytes);
-  multiply_signed<0, 6, 7>();
-  load_tile<6>(low, a_bytes), multiply_unsigned<1, 6, 7>();
+  multiply_signed<0, 6, 7>(), meanwhile();
+  load_tile<6>(low, a_bytes), multiply_unsigned<1, 6, 7>(), meanwhile();
   if constexpr (kWide > 1) {
-    load_tile<7>(b + kTile, b_bytes), multiply_unsigned<3, 6, 7>();
-    load_tile<6>(high, a_bytes), multiply_signed<2, 6, 7>();
+    load_tile<7>(b + kTile, b_bytes), multiply_unsigned<3, 6, 7>(), meanwhile();
+    load_tile<6>(high, a_bytes), multiply_signed<2, 6, 7>(), meanwhile();
   }
   if constexpr (kWide > 2) {
-    load_tile<7>(b + 2 * kTile, b_bytes), multiply_signed<4, 6, 7>();
-    load_tile<6>(low, a_bytes), multiply_unsigned<5, 6, 7>();
+    load_tile<7>(b + 2 * kTile, b_bytes), multiply_signed<4, 6, 7>(), meanwhile();
+    load_tile<6>(low, a_bytes), multiply_unsigned<5, 6, 7>(), meanwhile();
   }
 }
 
