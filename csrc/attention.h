@@ -324,7 +324,9 @@ class Merging {
   int64_t width_, count_ = 0;
   Sum all_ = kNothing;
   const float* parts_[W];
-  alignas(64) float top_[W] = {}, before_[W] = {}, after_[W] = {}, total_[W];
+  // Largest exponents: a part's own, of all before it, of all with it. `merge` makes the first two factors, of the part and of what was there.
+  alignas(64) float top_[W] = {}, before_[W] = {}, after_[W] = {};
+  float total_[W];
 };
 
 template <class T>

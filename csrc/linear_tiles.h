@@ -108,7 +108,7 @@ class TilesOf<ShortWords, kWide> {
 };
 
 // sums [rows, kPanelOutputs]: rows of x, at most kTallRows, times a panel. The second of two rows of tiles ends with the last row. At every tile's
-// depth `fetch` is called with the number of calls that are to come to a whole depth's lines, and `meanwhile`: vectors work beside tiles.
+// depth `fetch` is called, with how many such calls together are to fetch a depth's lines, and `meanwhile`: vectors work beside tiles.
 template <class Words, int kTall, int kWide, class Fetching, class Meanwhile>
 __attribute__((noinline)) void linear_by_tiles(int64_t rows, const Panel& panel, const float* x, int64_t x_row, int64_t steps, float* sums,
                                                Fetching& fetch, Meanwhile& meanwhile) {
@@ -295,8 +295,8 @@ inline void panels_by_tiles(const Linear& a, const LinearRows& x, const LinearPa
       const int64_t rows = smaller(tall, part.rows.end - row);
       const int64_t again = smaller(larger(kTile - rows, 0), row - part.rows.begin);  // rows before these: tiles are whole
       const int64_t pace = up_to(ceil_div(finishing.left() * kTile, padded), 2);
-      const auto fetch = [&](auto calls) {
-        for (int64_t i = 0; i < ceil_div(lines, calls.value); ++i, line += kLine) __builtin_prefetch(line, 0, 2);
+      const auto fetch = [&](auto parts) {
+        for (int64_t i = 0; i < ceil_div(lines, parts.value); ++i, line += kLine) __builtin_prefetch(line, 0, 2);
       };
       const auto meanwhile = [&] {
         for (int64_t i = 0; i < groups; ++i) pairs.some();
