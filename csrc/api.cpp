@@ -105,5 +105,6 @@ WHISPERS_API int whispers_pool_logits(const void* args) { return call(args, &Ker
 WHISPERS_API int whispers_likeliest(const void* args) { return call(args, &Kernels::likeliest); }
 WHISPERS_API int whispers_linear(const void* args) { return call(args, &Kernels::linear); }
 WHISPERS_API int whispers_shorten(const void* args) { return call(args, &Kernels::shorten); }
+WHISPERS_API int whispers_fit_grid(const void* args) { return call(args, &Kernels::fit_grid); }
 WHISPERS_API int whispers_unpack_rows(const void* args) { return call(args, &Kernels::unpack_rows); }
 WHISPERS_API int whispers_forward(const void* args) { return call(args, &Kernels::forward); }

@@ -21,6 +21,7 @@ struct Kernels {
   bool (*likeliest)(const Likeliest&, Team&);
   bool (*linear)(const Linear&, Team&);
   bool (*shorten)(const Shorten&, Team&);
+  bool (*fit_grid)(const FitGrid&, Team&);
   bool (*unpack_rows)(const UnpackRows&, Team&);
   bool (*forward)(const Forward&, Team&);
 };

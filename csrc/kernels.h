@@ -47,6 +47,7 @@ inline bool run_linear(const Linear& a, Team& team) {
   return on_team<Linear, linear>(a, team, a.rows * a.weights.outputs * a.weights.depth, linear_scratch(a), rows_bytes(a));
 }
 inline bool run_shorten(const Shorten& a, Team& team) { return on_team<Shorten, shorten>(a, team, a.outputs * a.depth); }
+inline bool run_fit_grid(const FitGrid& a, Team& team) { return on_team<FitGrid, fit_grid>(a, team, a.outputs * a.depth); }
 inline bool run_unpack_rows(const UnpackRows& a, Team& team) {
   return on_team<UnpackRows, unpack_rows>(a, team, a.rows * a.weights.depth, unpack_scratch(a));
 }
@@ -70,6 +71,7 @@ const Kernels WHISPERS_TABLE = {
     WHISPERS_ISA::run_likeliest,
     WHISPERS_ISA::run_linear,
     WHISPERS_ISA::run_shorten,
+    WHISPERS_ISA::run_fit_grid,
     WHISPERS_ISA::run_unpack_rows,
     WHISPERS_ISA::run_forward,
 };

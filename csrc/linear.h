@@ -5,6 +5,7 @@
 #pragma once
 
 #include "linear_finish.h"
+#include "linear_grid.h"
 #include "linear_rows.h"
 #include "linear_short.h"
 #include "linear_tile.h"

@@ -11,6 +11,11 @@
 // steps of a panel lie together as [3, 48] words: codes, low bytes of the first two steps, of the other two. Byte i of 16 outputs' 64 is
 // output i / 16 * 4 + i % 8 / 2, step i / 8 % 2, number i % 2; a code is the low half of that byte for the first two steps. So two unpackings
 // of low and high bytes give two steps' words. A last group's steps behind the end are zeros.
+//
+// Grid weights are bf16 that come from 4 bits, exactly: 32 neighbours in depth of an output are bf16(scale * code + minimum), codes of 4 bits,
+// scale and minimum float16 (a block of GGUF's Q4_1, or of Q4_0, whose minimum is -8 scales). Sixteen steps of a panel lie together as [5, 48]
+// words. Of 16 outputs the first are the scales and behind them the minima, the next two codes of the outputs 0 to 7, the last two of 8 to 15,
+// eight steps each: word i has those of output i / 2, number i % 2, step n in bits 4 n. So what an unpacking vector computes are neighbours.
 #pragma once
 
 #include <cstdint>
@@ -21,7 +26,7 @@ constexpr int64_t kOutputs = 16;                      // outputs come in multipl
 constexpr int64_t kPanelBlocks = 3;                   // 8 rows x 3 vectors: 24 accumulators, 3 weights, 1 of x, of AVX-512's 32 registers
 constexpr int64_t kPanelOutputs = kPanelBlocks * kOutputs;
 
-enum WeightKind : int64_t { kFloatWeights = 0, kBf16Weights = 1, kInt8Weights = 2, kShortWeights = 3 };
+enum WeightKind : int64_t { kFloatWeights = 0, kBf16Weights = 1, kInt8Weights = 2, kShortWeights = 3, kGridWeights = 4 };
 
 // A short weight that has no code: a word in which the other number is 0.
 struct Rare {
@@ -67,6 +72,13 @@ struct Shorten {
   Rare* rare;             // [blocks, room]
   int32_t* count;         // [blocks] of those without a code; where it is more than `room`, the rest of them is lost
   int64_t outputs, depth, room;
+};
+
+struct FitGrid {
+  const uint32_t* words;  // the panels of bf16 weights
+  uint32_t* out;          // the panels of grid weights
+  int32_t* fits;          // [panels] 1: all of its weights lie on grids; where a panel's don't, those of others may not have been looked at
+  int64_t outputs, depth;
 };
 
 struct UnpackRows {

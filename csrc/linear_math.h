@@ -127,6 +127,49 @@ struct KeptWords : ShortWords {
   }
 };
 
+#if WHISPERS_LEVEL >= 3
+// Pairs in 10 bits: see linear_args.h. A step of W outputs is nine instructions (five are the arithmetic of the weights): more than vectors can
+// do beside products of their own, but fewer than memory takes for 12 bits where tiles multiply.
+struct GridWords : PairWords {
+  static constexpr int kGroup = 16, kGroupWords = 5;
+  struct Key {
+    explicit Key(const uint8_t*) {}
+    Vec levels = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);  // by a code, the low 4 bits of a lane
+    Bits twice[2] = {_mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7),
+                     _mm512_setr_epi32(8, 8, 9, 9, 10, 10, 11, 11, 12, 12, 13, 13, 14, 14, 15, 15)};
+  };
+  static Vec weight_of(Vec code, Vec scale, Vec minimum) { return fma(code, scale, minimum); }
+  // The 16 steps of W outputs at `w` into `to`; lines are `width` words apart, in both. With each line, where `fetches`, that `ahead` words behind
+  // it is fetched.
+  template <bool fetches>
+  static void unpack(const Key& key, const float* w, int64_t width, float* to, int64_t ahead) {
+    const auto line = [&](int64_t number) {
+      if (fetches) __builtin_prefetch(w + number * width + ahead, 0, 1);
+      return as_bits(load(w + number * width));
+    };
+    const Bits head = line(0);
+    const Vec scale = _mm512_cvtph_ps(_mm512_castsi512_si256(head)), minimum = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(head, 1));
+    Vec scales[2], minima[2];
+    for (int i = 0; i < 2; ++i) {
+      scales[i] = _mm512_permutexvar_ps(key.twice[i], scale);
+      minima[i] = _mm512_permutexvar_ps(key.twice[i], minimum);
+    }
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) {
+      const Bits codes[2] = {line(1 + half), line(3 + half)};
+#pragma GCC unroll 8
+      for (int step = 0; step < 8; ++step, to += width) {
+        Vec value[2];
+        for (int i = 0; i < 2; ++i) {
+          value[i] = weight_of(_mm512_permutexvar_ps(_mm512_srli_epi32(codes[i], 4 * step), key.levels), scales[i], minima[i]);
+        }
+        store(to, as_vec((Bits)_mm512_cvtne2ps_pbh(value[1], value[0])));
+      }
+    }
+  }
+};
+#endif
+
 // x as int16: as int8 it would lose more than the weights do. A row has a word for each span behind its numbers, the scale of them.
 struct QuadWords : AsStored {
   static constexpr bool kTiled = WHISPERS_LEVEL >= 3;
@@ -150,6 +193,10 @@ inline void with_words(int64_t kind, F&& f) {
     f(PairWords{});
   } else if (kind == kShortWeights) {
     f(ShortWords{});
+#if WHISPERS_LEVEL >= 3
+  } else if (kind == kGridWeights) {
+    f(GridWords{});
+#endif
   } else {
     f(QuadWords{});
   }

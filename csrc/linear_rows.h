@@ -27,7 +27,7 @@ inline int64_t row_words(const Packed& p) {
 inline bool reads_in_place(const Linear& a) {
   const int64_t kind = a.weights.kind;
   if (kind == kFloatWeights) return a.x_dtype == kF32;
-  const bool pairs = kind == kBf16Weights || kind == kShortWeights;
+  const bool pairs = kind != kInt8Weights;
   const int64_t group = kind == kShortWeights ? ShortWords::kGroup : 1, whole = PairWords::kNumbers * (PairWords::kTiled ? 16 : group);
   return WHISPERS_LEVEL >= 2 && pairs && a.x_dtype == kBf16 && a.weights.depth % whole == 0 && a.x_row % 2 == 0;
 }

@@ -4,6 +4,8 @@
 // what bf16 ones do, bit for bit.
 #pragma once
 
+#include <type_traits>
+
 #include "linear_finish.h"
 #include "linear_rows.h"
 #include "linear_tile.h"
@@ -35,6 +37,16 @@ inline void unpack_steps(const ShortWords::Key& key, const float* w, int64_t cou
   }
 }
 
+// Likewise.
+template <int kWide, bool fetches>
+inline void unpack_steps(const GridWords::Key& key, const float* w, int64_t count, float* to, int64_t ahead) {
+  constexpr int64_t width = kWide * kOutputs;
+  for (int64_t step = 0; step < count; step += GridWords::kGroup, w += GridWords::kGroupWords * width, to += GridWords::kGroup * width) {
+#pragma GCC unroll 3
+    for (int j = 0; j < kWide; ++j) GridWords::unpack<fetches>(key, w + j * W, width, to + j * W, ahead);
+  }
+}
+
 // Puts a weight without a code where it belongs in a block's steps from `begin` on, where 0 is.
 inline void put_rare(const Rare& rare, int64_t begin, float* to, int64_t to_row) {
   float* word = to + (rare.step - begin) * to_row + rare.output;
@@ -44,11 +56,12 @@ inline void put_rare(const Rare& rare, int64_t begin, float* to, int64_t to_row)
   __builtin_memcpy(word, &bits, 4);
 }
 
-// The weights without a code of a panel's blocks, put where they belong in steps [begin, end), in the order of steps.
+// The weights without a code of a panel's blocks, if there are any, put where they belong in steps [begin, end), in the order of steps.
 template <int kWide>
 class RareInOrder {
  public:
   explicit RareInOrder(const Panel& panel) : rare_(panel.rare) {
+    if (rare_ == nullptr) return;
     for (int j = 0; j < kWide; ++j) at_[j] = panel.rare_begin[j], end_[j] = panel.rare_begin[j + 1];
   }
   void put(int64_t begin, int64_t end, float* to) {
@@ -61,11 +74,11 @@ class RareInOrder {
 
  private:
   const Rare* rare_;
-  int32_t at_[kWide], end_[kWide];
+  int32_t at_[kWide] = {}, end_[kWide] = {};
 };
 
 // Where a tile's depth of a panel's words lies: as it is stored.
-template <class Words, int kWide>
+template <class Words, int kWide, bool packed = (Words::kGroup > 1)>
 class TilesOf {
  public:
   static constexpr int64_t kRow = kWide * kOutputs;
@@ -82,9 +95,9 @@ class TilesOf {
   const float* words_;
   alignas(64) float end_[kTile * kRow];
 };
-// Or short: two of them in turn, so that the next is made while this one is multiplied.
-template <int kWide>
-class TilesOf<ShortWords, kWide> {
+// Or short or of grids: two of them in turn, so that the next is made while this one is multiplied.
+template <class Words, int kWide>
+class TilesOf<Words, kWide, true> {
  public:
   static constexpr int64_t kRow = kWide * kOutputs;
   explicit TilesOf(const Panel& panel) : key_(panel.highs), rare_(panel), words_(panel.words), ahead_(panel.ahead) {}
@@ -94,12 +107,12 @@ class TilesOf<ShortWords, kWide> {
     if (count < kTile) __builtin_memset(to, 0, kTile * kRow * sizeof(float));
     unpack_steps<kWide, true>(key_, words_, count, to, ahead_);
     rare_.put(step, step + count, to);
-    words_ += kTile / ShortWords::kGroup * ShortWords::kGroupWords * kRow;
+    words_ += kTile / Words::kGroup * Words::kGroupWords * kRow;
     return to;
   }
 
  private:
-  const ShortWords::Key key_;
+  const typename Words::Key key_;
   RareInOrder<kWide> rare_;
   const float* words_;
   int64_t ahead_;
@@ -183,28 +196,29 @@ inline int64_t words_after(const Packed& p, const LinearPart& part, int64_t pane
   return part.next == nullptr ? 0 : part.next - words_of<Words>(p, panel);
 }
 
-// The panels of short weights as pairs, one after the other, each while the one before is multiplied by several tiles of rows.
+// The panels of packed weights as pairs, one after the other, each while the one before is multiplied by several tiles of rows.
+template <class Words>
 class PairsAhead {
  public:
   // `room`: two panels of `padded` steps.
   PairsAhead(const Packed& p, Share panels, int64_t padded, float* room)
-      : p_(p), next_(panels.begin), end_(panels.end), steps_(steps_of<ShortWords>(p)), padded_(padded), room_(room) {
+      : p_(p), next_(panels.begin), end_(panels.end), steps_(steps_of<Words>(p)), padded_(padded), room_(room) {
     begin();
   }
   // A group of the panel to come.
   void some() {
     if (step_ >= steps_) return;
-    const float* from = words_ + step_ / ShortWords::kGroup * ShortWords::kGroupWords * width_;
+    const float* from = words_ + step_ / Words::kGroup * Words::kGroupWords * width_;
     float* to = this->to() + step_ * width_;
-    const ShortWords::Key key(p_.highs);
+    const typename Words::Key key(p_.highs);
     if (width_ == 3 * kOutputs) {
-      unpack_steps<3, false>(key, from, ShortWords::kGroup, to, 0);
+      unpack_steps<3, false>(key, from, Words::kGroup, to, 0);
     } else if (width_ == 2 * kOutputs) {
-      unpack_steps<2, false>(key, from, ShortWords::kGroup, to, 0);
+      unpack_steps<2, false>(key, from, Words::kGroup, to, 0);
     } else {
-      unpack_steps<1, false>(key, from, ShortWords::kGroup, to, 0);
+      unpack_steps<1, false>(key, from, Words::kGroup, to, 0);
     }
-    step_ += ShortWords::kGroup;
+    step_ += Words::kGroup;
   }
   // The panel that was to come, whole: [padded, width]. From now on the one after it is made.
   const float* take() {
@@ -212,7 +226,7 @@ class PairsAhead {
     float* pairs = to();
     __builtin_memset(pairs + steps_ * width_, 0, (padded_ - steps_) * width_ * sizeof(float));
     const int64_t block = next_ * kPanelBlocks;
-    for (int64_t j = 0; j < width_ / kOutputs; ++j) {
+    for (int64_t j = 0; j < width_ / kOutputs && p_.rare != nullptr; ++j) {
       for (int32_t at = p_.rare_begin[block + j]; at < p_.rare_begin[block + j + 1]; ++at) put_rare(p_.rare[at], 0, pairs + j * kOutputs, width_);
     }
     ++next_;
@@ -224,7 +238,7 @@ class PairsAhead {
   float* to() const { return room_ + next_ % 2 * padded_ * kPanelOutputs; }
   void begin() {
     step_ = next_ < end_ ? 0 : steps_;
-    words_ = words_of<ShortWords>(p_, next_);
+    words_ = words_of<Words>(p_, next_);
     width_ = next_ < end_ ? width_of(p_.outputs, next_) : 0;
   }
 
@@ -264,31 +278,31 @@ class Finishing {
 };
 
 inline bool in_tiles(const Linear& a) { return a.weights.kind != kFloatWeights; }
-inline bool unpacks_ahead(const Linear& a) { return a.weights.kind == kShortWeights && a.rows > kTallRows; }
+inline bool unpacks_ahead(const Linear& a) { return (a.weights.kind == kShortWeights || a.weights.kind == kGridWeights) && a.rows > kTallRows; }
 
 // Bytes of each thread's scratch.
 inline int64_t tiles_scratch(const Linear& a) {
   return unpacks_ahead(a) ? 2 * kPanelOutputs * up_to(steps_of<ShortWords>(a.weights), kTile) * 4 : 0;
 }
 
-// A thread's part. What it reads next is fetched in equal parts: where short weights become pairs just before they are multiplied, a line with each
+// A thread's part. What it reads next is fetched in equal parts: where packed weights become pairs just before they are multiplied, a line with each
 // vector of them (all lines of a step at once had to be waited for: 32 rows 0.9 of the time), else some at every step or, of int8, product.
 template <class Words, class T>
 inline void panels_by_tiles(const Linear& a, const LinearRows& x, const LinearPart& part, float* room) {
-  constexpr bool is_short = Words::kGroup > 1, in_bytes = Words::kNumbers == 4;
+  constexpr bool packed = Words::kGroup > 1, in_bytes = Words::kNumbers == 4;
   constexpr int64_t tall = in_bytes ? kTile : kTallRows;
-  const bool ahead = is_short && unpacks_ahead(a);
+  const bool ahead = packed && unpacks_ahead(a);
   const int64_t steps = steps_of<Words>(a.weights), padded = up_to(steps, kTile);
   const int64_t all_rows = part.rows.end - part.rows.begin, calls = ceil_div(all_rows, tall) * padded / kTile;
-  const int64_t lines = is_short && !ahead ? 0 : ceil_div(ceil_div(kPanelOutputs * stored_of<Words>(a.weights) * 4, kLine), calls);
+  const int64_t lines = packed && !ahead ? 0 : ceil_div(ceil_div(kPanelOutputs * stored_of<Words>(a.weights) * 4, kLine), calls);
   const int64_t groups = ahead ? ceil_div(steps / Words::kGroup, calls) : 0;
   const Tiles shape(all_rows, in_bytes ? 7 : 5);
   Finishing<T> finishing(a);
-  PairsAhead pairs(a.weights, ahead ? part.panels : Share{0, 0}, padded, room);
+  PairsAhead<std::conditional_t<packed, Words, ShortWords>> pairs(a.weights, ahead ? part.panels : Share{0, 0}, padded, room);
   for (int64_t number = part.panels.begin; number < part.panels.end; ++number) {
     Panel panel{words_of<Words>(a.weights, number), width_of(a.weights.outputs, number), a.weights.highs};
     panel.ahead = words_after<Words>(a.weights, part, number, ahead ? 2 : 1);
-    if (is_short) panel.rare = a.weights.rare, panel.rare_begin = a.weights.rare_begin + number * kPanelBlocks;
+    if (a.weights.rare != nullptr) panel.rare = a.weights.rare, panel.rare_begin = a.weights.rare_begin + number * kPanelBlocks;
     const char* line = reinterpret_cast<const char*>(panel.words + panel.ahead);
     if (ahead) panel.words = pairs.take();
     for (int64_t row = part.rows.begin; row < part.rows.end; row += tall) {
@@ -308,7 +322,7 @@ inline void panels_by_tiles(const Linear& a, const LinearRows& x, const LinearPa
                                                                 meanwhile);
       };
       const auto multiply_all = [&](auto height) {
-        if constexpr (is_short) {
+        if constexpr (packed) {
           if (ahead) return multiply(PairWords{}, height);
         }
         multiply(Words{}, height);

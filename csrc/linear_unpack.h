@@ -1,6 +1,7 @@
 // Rows of an embedding table that is kept packed, for the head that it is tied to, and of soft prompts behind it.
 #pragma once
 
+#include "linear_grid.h"
 #include "linear_short.h"
 
 namespace whispers::WHISPERS_ISA {
@@ -8,6 +9,7 @@ namespace whispers::WHISPERS_ISA {
 // Row `id` of the matrix, as floats.
 inline void unpack_row(const Packed& p, int64_t id, float* row) {
   if (p.kind == kShortWeights) return unpack_short_row(p, id, row);
+  if (p.kind == kGridWeights) return unpack_grid_row(p, id, row);
   with_words(p.kind, [&](auto kind) {
     using Words = decltype(kind);
     const int64_t steps = steps_of<Words>(p), panel = id / kPanelOutputs;

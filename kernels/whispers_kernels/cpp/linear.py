@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..memory import Memory
+from .grid import fit_grid
 from .library import address, dense, dtype_of, operation
 from .packing import in_turn, padded_vector, quantize, words_of
 from .short import shorten
@@ -13,7 +14,7 @@ from .short import shorten
 _linear = operation("linear", "20q")
 _unpack_rows = operation("unpack_rows", "17q")
 
-_BF16, _INT8, _SHORT = 1, 2, 3  # WeightKind of csrc/linear_args.h
+_BF16, _INT8, _SHORT, _GRID = 1, 2, 3, 4  # WeightKind of csrc/linear_args.h
 _KINDS = {torch.float32: 0, torch.float16: 0, torch.bfloat16: _BF16}
 _ROWS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -61,11 +62,12 @@ class PackedLinear:
             weight = weight.float() if self._kind == 0 else weight
         self._bias = None if bias is None else padded_vector(bias, torch.float32)
         words = words_of(weight)
-        short = shorten(words, self.outputs, self.depth) if self._kind == _BF16 else None
-        if short is not None:
-            self._kind = _SHORT
-            words = short.words
-        self._code = (None,) * 3 if short is None else short[1:]
+        self._code: tuple[Tensor | None, ...] = (None,) * 3
+        if self._kind == _BF16:
+            if (grid := fit_grid(words, self.outputs, self.depth)) is not None:
+                self._kind, words = _GRID, grid
+            elif (short := shorten(words, self.outputs, self.depth)) is not None:
+                self._kind, (words, *self._code) = _SHORT, short
         self._words = (memory or Memory(0)).take(words.numel()).copy_(words)
         self.block = (
             *map(address, (self._words, self._scale, self._bias, *self._code)),
