@@ -12,10 +12,11 @@
 // output i / 16 * 4 + i % 8 / 2, step i / 8 % 2, number i % 2; a code is the low half of that byte for the first two steps. So two unpackings
 // of low and high bytes give two steps' words. A last group's steps behind the end are zeros.
 //
-// Grid weights are bf16 that come from 4 bits, exactly: 32 neighbours in depth of an output are bf16(scale * code + minimum), codes of 4 bits,
-// scale and minimum float16 (a block of GGUF's Q4_1, or of Q4_0, whose minimum is -8 scales). Sixteen steps of a panel lie together as [5, 48]
-// words. Of 16 outputs the first are the scales and behind them the minima, the next two codes of the outputs 0 to 7, the last two of 8 to 15,
-// eight steps each: word i has those of output i / 2, number i % 2, step n in bits 4 n. So what an unpacking vector computes are neighbours.
+// Grid weights are bf16 that come from 4 or 8 bits, exactly: 32 neighbours in depth of an output are bf16(scale * code + minimum), scale and
+// minimum float16 (blocks of GGUF's Q4_1; of Q4_0, whose minimum is -8 scales; of Q8_0, -128). Sixteen steps of a panel lie together as
+// [1 + bits, 48] words. Of 16 outputs the first are the scales and behind them the minima, the next bits / 2 codes of the outputs 0 to 7, the
+// last of 8 to 15: word i has those of output i / 2, number i % 2, of 32 / bits steps, the first in its lowest bits. So what one vector unpacks
+// lies as tiles want it.
 #pragma once
 
 #include <cstdint>
@@ -26,7 +27,7 @@ constexpr int64_t kOutputs = 16;                      // outputs come in multipl
 constexpr int64_t kPanelBlocks = 3;                   // 8 rows x 3 vectors: 24 accumulators, 3 weights, 1 of x, of AVX-512's 32 registers
 constexpr int64_t kPanelOutputs = kPanelBlocks * kOutputs;
 
-enum WeightKind : int64_t { kFloatWeights = 0, kBf16Weights = 1, kInt8Weights = 2, kShortWeights = 3, kGridWeights = 4 };
+enum WeightKind : int64_t { kFloatWeights = 0, kBf16Weights = 1, kInt8Weights = 2, kShortWeights = 3, kGrid4Weights = 4, kGrid8Weights = 5 };
 
 // A short weight that has no code: a word in which the other number is 0.
 struct Rare {
@@ -78,7 +79,7 @@ struct FitGrid {
   const uint32_t* words;  // the panels of bf16 weights
   uint32_t* out;          // the panels of grid weights
   int32_t* fits;          // [panels] 1: all of its weights lie on grids; where a panel's don't, those of others may not have been looked at
-  int64_t outputs, depth;
+  int64_t outputs, depth, bits;
 };
 
 struct UnpackRows {

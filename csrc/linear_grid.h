@@ -8,85 +8,112 @@ namespace whispers::WHISPERS_ISA {
 
 #if WHISPERS_LEVEL >= 3
 
-constexpr int kGridSteps = GridWords::kGroup;
-constexpr int kGridNumbers = kGridSteps * GridWords::kNumbers;
-constexpr int kGridTop = 15;    // the largest code
+constexpr int kGridSteps = GridWords<4>::kGroup;
+constexpr int kGridNumbers = 2 * kGridSteps;
 constexpr int kGridReach = 16;  // how many float16 on either side of the likeliest scale are tried
+constexpr Mask kAllLanes = 0xffff;
 
-// Codes, scales and minima of W outputs, a lane each.
-struct Grids {
-  Vec codes[kGridNumbers];
-  __m256i scales = _mm256_setzero_si256(), minima = _mm256_setzero_si256();  // float16
-  Mask found = 0;
-};
-
-// Looks, in lanes where none was found yet, for grids that give exactly `values` where the largest has the code `top`. What a value was before it was
-// rounded to bf16 is known to half of its last bit. For each scale that may be meant, these bounds leave little room to the minimum.
-inline void look_for_grids(const Vec (&values)[kGridNumbers], Vec least, Vec most, int top, Grids& grids) {
-  Vec codes[kGridNumbers], room[kGridNumbers];
-  const Vec range = most - least, rate = select(less(least, most), splat(static_cast<float>(top)) / range, zero());
-  for (int n = 0; n < kGridNumbers; ++n) {
-    codes[n] = round((values[n] - least) * rate);
-    room[n] = times_power_of_2(splat(1.0f), exponent_of(values[n]) - splat(8.0f));
+// What W outputs' numbers are, a lane each, and the grids that were found.
+template <class Words>
+class GridSearch {
+ public:
+  // The 16 steps of pairs at `words`, lines `width` words apart.
+  GridSearch(const float* words, int64_t width) {
+    for (int n = 0; n < kGridNumbers; ++n) {
+      const Vec pairs = load(words + n / 2 * width);
+      values_[n] = n % 2 == 0 ? shift_left(pairs) : high_half(pairs);
+      least_ = min(least_, values_[n]);
+      most_ = max(most_, values_[n]);
+    }
   }
-  const __m256i likely = narrow(range / splat(static_cast<float>(top)), F16{});
-  for (int i = 0; i <= 2 * kGridReach && grids.found != Mask(0xffff); ++i) {
-    const __m256i scales = _mm256_add_epi16(likely, _mm256_set1_epi16(static_cast<int16_t>(i % 2 == 0 ? i / 2 : -(i + 1) / 2)));
-    const Vec scale = widen(scales, F16{});
+
+  // Whether all of them lie on grids. Of 4 bits the lowest code is the least number's, the largest any: 15 first, as in Q4_1. Of 8 bits one end
+  // is 127 scales from 0.
+  bool found() {
+    if (Words::kBits == 4) {
+      for (int top = Words::kLevels - 1; top > 0 && found_ != kAllLanes; --top) search((most_ - least_) / splat(static_cast<float>(top)), least_);
+    } else {
+      search(max(most_, zero() - least_) / splat(127.0f), zero());
+    }
+    return found_ == kAllLanes;
+  }
+
+  // What was found, as it lies in memory: lines `width` words apart.
+  void pack(float* out, int64_t width) const {
+    const Bits places[2] = {_mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23),
+                            _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31)};
+    store(out, as_vec(_mm512_inserti64x4(_mm512_castsi256_si512(scales_), minima_, 1)));
+    for (int i = 0; i < 2; ++i) {
+      for (int begin = 0; begin < kGridSteps; begin += Words::kSteps) {
+        Bits line = splat_bits(0);
+        for (int step = 0; step < Words::kSteps; ++step) {
+          const int number = 2 * (begin + step);
+          const Bits both = _mm512_permutex2var_epi32(_mm512_cvtps_epi32(codes_[number]), places[i], _mm512_cvtps_epi32(codes_[number + 1]));
+          line = _mm512_or_si512(line, _mm512_sll_epi32(both, _mm_cvtsi32_si128(Words::kBits * step)));
+        }
+        out += width;
+        store(out, as_vec(line));
+      }
+    }
+  }
+
+ private:
+  // Looks, in lanes where none was found yet, for grids of about this scale that give exactly these numbers, where the one at `origin` has the
+  // lowest code, or of 8 bits the one in the middle.
+  void search(Vec likely_scale, Vec origin) {
+    const Vec middle = splat(Words::kBits == 4 ? 0.0f : Words::kLevels / 2), top = splat(Words::kLevels - 1);
+    const Vec rate = select(less(zero(), likely_scale), splat(1.0f) / likely_scale, zero());
+    Vec codes[kGridNumbers];
+    for (int n = 0; n < kGridNumbers; ++n) codes[n] = min(max(round((values_[n] - origin) * rate) + middle, zero()), top);
+    const __m256i likely = narrow(likely_scale, F16{});
+    for (int i = 0; i <= 2 * kGridReach && found_ != kAllLanes; ++i) {
+      const __m256i scales = _mm256_add_epi16(likely, _mm256_set1_epi16(static_cast<int16_t>(i % 2 == 0 ? i / 2 : -(i + 1) / 2)));
+      const Vec scale = widen(scales, F16{});
+      const __m256i minima = narrow(Words::kBits == 4 ? minimum_of(codes, scale) : fnma(scale, middle, zero()), F16{});
+      const typename Words::Grid grid(scale, widen(minima, F16{}));
+      Mask fits = outside(kAllLanes, found_);
+      for (int n = 0; n < kGridNumbers && any(fits); ++n) {
+        const Vec code = Words::kBits == 4 ? codes[n] : fma(codes[n], splat(1.0f / Words::kLevels), splat(1.0f));
+        fits = Mask(fits & equal(widen(narrow(grid.weight(code), Bf16{}), Bf16{}), values_[n]));
+      }
+      scales_ = _mm256_mask_mov_epi16(scales_, fits, scales);
+      minima_ = _mm256_mask_mov_epi16(minima_, fits, minima);
+      for (int n = 0; n < kGridNumbers; ++n) codes_[n] = select(fits, codes[n], codes_[n]);
+      found_ = Mask(found_ | fits);
+    }
+  }
+
+  // Of bf16.
+  static Vec half_a_bit(Vec x) { return times_power_of_2(splat(1.0f), exponent_of(x) - splat(8.0f)); }
+
+  // The middle of what a minimum can be, given the scale: what a number was before it was rounded to bf16 is known to half of its last bit, a quarter
+  // on the side of 0 of a power of two.
+  Vec minimum_of(const Vec (&codes)[kGridNumbers], Vec scale) const {
     Vec low = minus_infinity(), high = zero() - minus_infinity();
     for (int n = 0; n < kGridNumbers; ++n) {
-      const Vec rest = fnma(codes[n], scale, values[n]);
-      low = max(low, rest - room[n]);
-      high = min(high, rest + room[n]);
+      const Vec rest = fnma(codes[n], scale, values_[n]), away = half_a_bit(values_[n]), towards = half_a_bit(values_[n] * splat(1 - 0x1p-12f));
+      const Mask negative = less(values_[n], zero());
+      low = max(low, rest - select(negative, away, towards));
+      high = min(high, rest + select(negative, towards, away));
     }
-    const __m256i minima = narrow((low + high) * splat(0.5f), F16{});
-    const Vec minimum = widen(minima, F16{});
-    Mask fits = outside(Mask(0xffff), grids.found);
-    for (int n = 0; n < kGridNumbers && any(fits); ++n) {
-      fits = Mask(fits & equal(widen(narrow(GridWords::weight_of(codes[n], scale, minimum), Bf16{}), Bf16{}), values[n]));
-    }
-    grids.scales = _mm256_mask_mov_epi16(grids.scales, fits, scales);
-    grids.minima = _mm256_mask_mov_epi16(grids.minima, fits, minima);
-    for (int n = 0; n < kGridNumbers; ++n) grids.codes[n] = select(fits, codes[n], grids.codes[n]);
-    grids.found = Mask(grids.found | fits);
+    return (low + high) * splat(0.5f);
   }
-}
 
-// The 16 steps of W outputs at `words`, lines `width` words apart, into `out`. False where one of its outputs is on no grid.
-inline bool fit_block(const float* words, int64_t width, float* out) {
-  Vec values[kGridNumbers], least = zero() - minus_infinity(), most = minus_infinity();
-  for (int n = 0; n < kGridNumbers; ++n) {
-    const Vec pairs = load(words + n / 2 * width);
-    values[n] = n % 2 == 0 ? shift_left(pairs) : high_half(pairs);
-    least = min(least, values[n]);
-    most = max(most, values[n]);
-  }
-  Grids grids{};
-  for (int top = kGridTop; top > 0 && grids.found != Mask(0xffff); --top) look_for_grids(values, least, most, top, grids);
-  if (grids.found != Mask(0xffff)) return false;
-  const Bits places[2] = {_mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23),
-                          _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31)};
-  Bits lines[2][2] = {{splat_bits(0), splat_bits(0)}, {splat_bits(0), splat_bits(0)}};
-  for (int step = 0; step < kGridSteps; ++step) {
-    const Bits evens = _mm512_cvtps_epi32(grids.codes[2 * step]), odds = _mm512_cvtps_epi32(grids.codes[2 * step + 1]);
-    const __m128i shift = _mm_cvtsi32_si128(4 * (step % 8));
-    for (int i = 0; i < 2; ++i) {
-      Bits& line = lines[i][step / 8];
-      line = _mm512_or_si512(line, _mm512_sll_epi32(_mm512_permutex2var_epi32(evens, places[i], odds), shift));
-    }
-  }
-  store(out, as_vec(_mm512_inserti64x4(_mm512_castsi256_si512(grids.scales), grids.minima, 1)));
-  for (int i = 0; i < 4; ++i) store(out + (1 + i) * width, as_vec(lines[i / 2][i % 2]));
-  return true;
-}
+  Vec values_[kGridNumbers], codes_[kGridNumbers] = {}, least_ = zero() - minus_infinity(), most_ = minus_infinity();
+  __m256i scales_ = _mm256_setzero_si256(), minima_ = _mm256_setzero_si256();  // float16
+  Mask found_ = 0;
+};
 
+template <class Words>
 inline bool fit_panel(const FitGrid& a, int64_t panel) {
   const int64_t width = width_of(a.outputs, panel), groups = a.depth / kGridNumbers;
   const float* words = reinterpret_cast<const float*>(a.words) + panel * kPanelOutputs * groups * kGridSteps;
-  float* out = reinterpret_cast<float*>(a.out) + panel * kPanelOutputs * groups * GridWords::kGroupWords;
-  for (int64_t group = 0; group < groups; ++group, words += kGridSteps * width, out += GridWords::kGroupWords * width) {
+  float* out = reinterpret_cast<float*>(a.out) + panel * kPanelOutputs * groups * Words::kGroupWords;
+  for (int64_t group = 0; group < groups; ++group, words += kGridSteps * width, out += Words::kGroupWords * width) {
     for (int64_t j = 0; j < width; j += W) {
-      if (!fit_block(words + j, width, out + j)) return false;
+      GridSearch<Words> search(words + j, width);
+      if (!search.found()) return false;
+      search.pack(out + j, width);
     }
   }
   return true;
@@ -95,16 +122,19 @@ inline bool fit_panel(const FitGrid& a, int64_t panel) {
 inline void fit_grid(const FitGrid& a, const Crew& crew) {
   const Share share = share_of(ceil_div(a.outputs, kPanelOutputs), crew);
   bool fits = a.depth % kGridNumbers == 0;
-  for (int64_t panel = share.begin; panel < share.end && fits; ++panel) a.fits[panel] = fits = fit_panel(a, panel);
+  for (int64_t panel = share.begin; panel < share.end && fits; ++panel) {
+    a.fits[panel] = fits = a.bits == 4 ? fit_panel<GridWords<4>>(a, panel) : fit_panel<GridWords<8>>(a, panel);
+  }
 }
 
 // Row `id` of the matrix, as floats.
+template <class Words>
 inline void unpack_grid_row(const Packed& p, int64_t id, float* row) {
   const int64_t panel = id / kPanelOutputs, output = id % kPanelOutputs, width = width_of(p.outputs, panel);
-  const float* words = p.words + panel * kPanelOutputs * stored_of<GridWords>(p) + output / W * W;
+  const float* words = p.words + panel * kPanelOutputs * stored_of<Words>(p) + output / W * W;
   float pairs[kGridSteps * kPanelOutputs];
-  for (int64_t at = 0; at < p.depth; at += kGridNumbers, words += GridWords::kGroupWords * width) {
-    GridWords::unpack<false>(GridWords::Key(nullptr), words, width, pairs, 0);
+  for (int64_t at = 0; at < p.depth; at += kGridNumbers, words += Words::kGroupWords * width) {
+    Words::template unpack<false>(typename Words::Key(nullptr), words, width, pairs, 0);
     for (int n = 0; n < kGridNumbers; ++n) {
       uint32_t bits;
       __builtin_memcpy(&bits, pairs + n / 2 * width + output % W, 4);
@@ -117,7 +147,6 @@ inline void unpack_grid_row(const Packed& p, int64_t id, float* row) {
 #else
 
 inline void fit_grid(const FitGrid&, const Crew&) {}
-inline void unpack_grid_row(const Packed&, int64_t, float*) {}
 
 #endif
 

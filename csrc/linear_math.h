@@ -128,17 +128,33 @@ struct KeptWords : ShortWords {
 };
 
 #if WHISPERS_LEVEL >= 3
-// Pairs in 10 bits: see linear_args.h. A step of W outputs is nine instructions (five are the arithmetic of the weights): more than vectors can
-// do beside products of their own, but fewer than memory takes for 12 bits where tiles multiply.
+// Pairs of weights on grids, in 5 or 9 bits a weight: see linear_args.h. A step of W outputs is nine instructions: more than vectors can do beside
+// products of their own, but fewer than memory takes for 12 bits where tiles multiply.
+template <int kCodeBits>
 struct GridWords : PairWords {
-  static constexpr int kGroup = 16, kGroupWords = 5;
+  static constexpr int kBits = kCodeBits, kLevels = 1 << kBits;
+  static constexpr int kGroup = 16, kGroupWords = 1 + kBits;
+  static constexpr int kLines = kBits / 2, kSteps = 32 / kBits;  // lines of codes of half of the outputs, steps of a line
   struct Key {
     explicit Key(const uint8_t*) {}
-    Vec levels = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);  // by a code, the low 4 bits of a lane
+    Vec levels = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     Bits twice[2] = {_mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7),
                      _mm512_setr_epi32(8, 8, 9, 9, 10, 10, 11, 11, 12, 12, 13, 13, 14, 14, 15, 15)};
   };
-  static Vec weight_of(Vec code, Vec scale, Vec minimum) { return fma(code, scale, minimum); }
+  // What a code is multiplied with and added to. Of 8 bits codes become the upper mantissas of 1 + code / 256: two instructions, not three.
+  struct Grid {
+    Grid(Vec scale, Vec minimum)
+        : scale(kBits == 4 ? scale : scale * splat(kLevels)), minimum(kBits == 4 ? minimum : fnma(scale, splat(kLevels), minimum)) {}
+    Vec scale, minimum;
+    Vec weight(Vec code) const { return fma(code, scale, minimum); }
+  };
+  // The codes of step `step` of a line, as what grids take.
+  static Vec codes(const Key& key, Bits line, int step) {
+    if (kBits == 4) return _mm512_permutexvar_ps(_mm512_srli_epi32(line, 4 * step), key.levels);  // by the lowest 4 bits of a lane
+    const int up = 23 - kBits - kBits * step;
+    const Bits there = up >= 0 ? _mm512_slli_epi32(line, up >= 0 ? up : 0) : _mm512_srli_epi32(line, up >= 0 ? 0 : -up);
+    return as_vec(_mm512_ternarylogic_epi32(there, splat_bits((kLevels - 1) << (23 - kBits)), splat_bits(127 << 23), 0xea));  // a & b | c
+  }
   // The 16 steps of W outputs at `w` into `to`; lines are `width` words apart, in both. With each line, where `fetches`, that `ahead` words behind
   // it is fetched.
   template <bool fetches>
@@ -148,21 +164,19 @@ struct GridWords : PairWords {
       return as_bits(load(w + number * width));
     };
     const Bits head = line(0);
-    const Vec scale = _mm512_cvtph_ps(_mm512_castsi512_si256(head)), minimum = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(head, 1));
+    const Grid grid(_mm512_cvtph_ps(_mm512_castsi512_si256(head)), _mm512_cvtph_ps(_mm512_extracti64x4_epi64(head, 1)));
     Vec scales[2], minima[2];
     for (int i = 0; i < 2; ++i) {
-      scales[i] = _mm512_permutexvar_ps(key.twice[i], scale);
-      minima[i] = _mm512_permutexvar_ps(key.twice[i], minimum);
+      scales[i] = _mm512_permutexvar_ps(key.twice[i], grid.scale);
+      minima[i] = _mm512_permutexvar_ps(key.twice[i], grid.minimum);
     }
-#pragma GCC unroll 2
-    for (int half = 0; half < 2; ++half) {
-      const Bits codes[2] = {line(1 + half), line(3 + half)};
+#pragma GCC unroll 4
+    for (int part = 0; part < kLines; ++part) {
+      const Bits lines[2] = {line(1 + part), line(1 + kLines + part)};
 #pragma GCC unroll 8
-      for (int step = 0; step < 8; ++step, to += width) {
+      for (int step = 0; step < kSteps; ++step, to += width) {
         Vec value[2];
-        for (int i = 0; i < 2; ++i) {
-          value[i] = weight_of(_mm512_permutexvar_ps(_mm512_srli_epi32(codes[i], 4 * step), key.levels), scales[i], minima[i]);
-        }
+        for (int i = 0; i < 2; ++i) value[i] = fma(codes(key, lines[i], step), scales[i], minima[i]);
         store(to, as_vec((Bits)_mm512_cvtne2ps_pbh(value[1], value[0])));
       }
     }
@@ -194,8 +208,10 @@ inline void with_words(int64_t kind, F&& f) {
   } else if (kind == kShortWeights) {
     f(ShortWords{});
 #if WHISPERS_LEVEL >= 3
-  } else if (kind == kGridWeights) {
-    f(GridWords{});
+  } else if (kind == kGrid4Weights) {
+    f(GridWords<4>{});
+  } else if (kind == kGrid8Weights) {
+    f(GridWords<8>{});
 #endif
   } else {
     f(QuadWords{});

@@ -20,7 +20,7 @@ constexpr int64_t kTallRows = 2 * kTile;  // of two rows of tiles
 // Weights of `count` steps, whole groups of them at `w`, as pairs [count, width] at `to`; with each vector, where `fetches`, the line `ahead` words
 // behind it is fetched.
 template <int kWide, bool fetches>
-inline void unpack_steps(const ShortWords::Key& key, const float* w, int64_t count, float* to, int64_t ahead) {
+inline void unpack_steps(const ShortWords&, const ShortWords::Key& key, const float* w, int64_t count, float* to, int64_t ahead) {
   constexpr int64_t width = kWide * kOutputs;
   for (int64_t step = 0; step < count; step += ShortWords::kGroup, w += ShortWords::kGroupWords * width) {
 #pragma GCC unroll 3
@@ -38,12 +38,12 @@ inline void unpack_steps(const ShortWords::Key& key, const float* w, int64_t cou
 }
 
 // Likewise.
-template <int kWide, bool fetches>
-inline void unpack_steps(const GridWords::Key& key, const float* w, int64_t count, float* to, int64_t ahead) {
+template <int kWide, bool fetches, class Words>
+inline void unpack_steps(const Words&, const typename Words::Key& key, const float* w, int64_t count, float* to, int64_t ahead) {
   constexpr int64_t width = kWide * kOutputs;
-  for (int64_t step = 0; step < count; step += GridWords::kGroup, w += GridWords::kGroupWords * width, to += GridWords::kGroup * width) {
+  for (int64_t step = 0; step < count; step += Words::kGroup, w += Words::kGroupWords * width, to += Words::kGroup * width) {
 #pragma GCC unroll 3
-    for (int j = 0; j < kWide; ++j) GridWords::unpack<fetches>(key, w + j * W, width, to + j * W, ahead);
+    for (int j = 0; j < kWide; ++j) Words::template unpack<fetches>(key, w + j * W, width, to + j * W, ahead);
   }
 }
 
@@ -105,7 +105,7 @@ class TilesOf<Words, kWide, true> {
     float* to = pairs_ + (turn_ = !turn_) * kTile * kRow;
     const int64_t count = smaller(kTile, steps - step);
     if (count < kTile) __builtin_memset(to, 0, kTile * kRow * sizeof(float));
-    unpack_steps<kWide, true>(key_, words_, count, to, ahead_);
+    unpack_steps<kWide, true>(Words{}, key_, words_, count, to, ahead_);
     rare_.put(step, step + count, to);
     words_ += kTile / Words::kGroup * Words::kGroupWords * kRow;
     return to;
@@ -212,11 +212,11 @@ class PairsAhead {
     float* to = this->to() + step_ * width_;
     const typename Words::Key key(p_.highs);
     if (width_ == 3 * kOutputs) {
-      unpack_steps<3, false>(key, from, Words::kGroup, to, 0);
+      unpack_steps<3, false>(Words{}, key, from, Words::kGroup, to, 0);
     } else if (width_ == 2 * kOutputs) {
-      unpack_steps<2, false>(key, from, Words::kGroup, to, 0);
+      unpack_steps<2, false>(Words{}, key, from, Words::kGroup, to, 0);
     } else {
-      unpack_steps<1, false>(key, from, Words::kGroup, to, 0);
+      unpack_steps<1, false>(Words{}, key, from, Words::kGroup, to, 0);
     }
     step_ += Words::kGroup;
   }
@@ -278,7 +278,7 @@ class Finishing {
 };
 
 inline bool in_tiles(const Linear& a) { return a.weights.kind != kFloatWeights; }
-inline bool unpacks_ahead(const Linear& a) { return (a.weights.kind == kShortWeights || a.weights.kind == kGridWeights) && a.rows > kTallRows; }
+inline bool unpacks_ahead(const Linear& a) { return a.weights.kind >= kShortWeights && a.rows > kTallRows; }
 
 // Bytes of each thread's scratch.
 inline int64_t tiles_scratch(const Linear& a) {

@@ -9,9 +9,11 @@ namespace whispers::WHISPERS_ISA {
 // Row `id` of the matrix, as floats.
 inline void unpack_row(const Packed& p, int64_t id, float* row) {
   if (p.kind == kShortWeights) return unpack_short_row(p, id, row);
-  if (p.kind == kGridWeights) return unpack_grid_row(p, id, row);
   with_words(p.kind, [&](auto kind) {
     using Words = decltype(kind);
+#if WHISPERS_LEVEL >= 3
+    if constexpr (Words::kGroup == kGridSteps) return unpack_grid_row<Words>(p, id, row);
+#endif
     const int64_t steps = steps_of<Words>(p), panel = id / kPanelOutputs;
     const int64_t width = width_of(p.outputs, panel);
     const float* words = p.words + panel * kPanelOutputs * steps + id % kPanelOutputs;

@@ -14,7 +14,8 @@ from .short import shorten
 _linear = operation("linear", "20q")
 _unpack_rows = operation("unpack_rows", "17q")
 
-_BF16, _INT8, _SHORT, _GRID = 1, 2, 3, 4  # WeightKind of csrc/linear_args.h
+_BF16, _INT8, _SHORT = 1, 2, 3  # WeightKind of csrc/linear_args.h
+_GRIDS = {4: 4, 8: 5}  # by a code's bits
 _KINDS = {torch.float32: 0, torch.float16: 0, torch.bfloat16: _BF16}
 _ROWS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -62,12 +63,9 @@ class PackedLinear:
             weight = weight.float() if self._kind == 0 else weight
         self._bias = None if bias is None else padded_vector(bias, torch.float32)
         words = words_of(weight)
-        self._code: tuple[Tensor | None, ...] = (None,) * 3
+        self._code: list[Tensor | None] = [None] * 3
         if self._kind == _BF16:
-            if (grid := fit_grid(words, self.outputs, self.depth)) is not None:
-                self._kind, words = _GRID, grid
-            elif (short := shorten(words, self.outputs, self.depth)) is not None:
-                self._kind, (words, *self._code) = _SHORT, short
+            self._kind, words, *self._code = _packed(words, self.outputs, self.depth)
         self._words = (memory or Memory(0)).take(words.numel()).copy_(words)
         self.block = (
             *map(address, (self._words, self._scale, self._bias, *self._code)),
@@ -145,6 +143,15 @@ class PackedLinear:
         pointers = address(ids), address(soft), address(out)
         _unpack_rows(*self.block, *pointers, ids.shape[0], soft_row, soft_dtype, dtype_of(out))
         return out
+
+
+def _packed(words: Tensor, outputs: int, depth: int) -> tuple[int, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """The kind and the words of a bfloat16 matrix in as few bits as it takes, and what short ones have beside them."""
+    for bits, kind in _GRIDS.items():
+        if (grid := fit_grid(words, outputs, depth, bits)) is not None:
+            return kind, grid, None, None, None
+    short = shorten(words, outputs, depth)
+    return (_BF16, words, None, None, None) if short is None else (_SHORT, *short)
 
 
 def _check_rows(name: str, x: Tensor) -> None:
