@@ -90,21 +90,22 @@ inline LinearPart part_of(const Linear& a, const Crew& crew) {
   return {by_rows ? share_of(a.rows, crew) : Share{0, a.rows}, panels(a.weights), next};
 }
 
-// `room`: rows_bytes(a) bytes that all threads share.
-inline void linear(const Linear& a, const Crew& crew, void* room) {
-  if (a.rows == 0) return;
+// Rows as the weights meet them. `room`: rows_bytes(a) bytes that all threads share.
+inline LinearRows prepare(const Linear& a, const Crew& crew, void* room) {
   if (!reads_in_place(a)) {
     const Share share = share_of(a.rows, crew);
     prepare_rows(a, room, share.begin, share.end);
     crew.barrier();
   }
-  const LinearRows x = rows_of(a, room);
-  const LinearPart part = part_of(a, crew);
+  return rows_of(a, room);
+}
+
+// A thread's part. `own`: linear_scratch(a) bytes of its own.
+inline void multiply_part(const Linear& a, const LinearRows& x, const LinearPart& part, float* own) {
   with_words(a.weights.kind, [&](auto kind) {
     with_dtype(a.out_dtype, [&](auto out_kind) {
       using Words = decltype(kind);
       using T = decltype(out_kind);
-      float* own = static_cast<float*>(crew.own());
 #if WHISPERS_LEVEL >= 3
       if constexpr (Words::kTiled) {
         panels_by_tiles<Words, T>(a, x, part, own);
@@ -113,6 +114,12 @@ inline void linear(const Linear& a, const Crew& crew, void* room) {
         linear_panels<Words, T>(a, x, part, own);
     });
   });
+}
+
+inline void linear(const Linear& a, const Crew& crew, void* room) {
+  if (a.rows == 0) return;
+  const LinearRows x = prepare(a, crew, room);
+  multiply_part(a, x, part_of(a, crew), static_cast<float*>(crew.own()));
 }
 
 inline void linear(const Linear& a, const Crew& crew) { linear(a, crew, crew.shared()); }

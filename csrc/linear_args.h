@@ -59,8 +59,8 @@ struct Linear {
 };
 
 struct Likeliest {
-  Linear head;         // the product that makes the logits; of no outputs: they are there
-  const void* logits;  // [rows, vocabulary]
+  Linear head;         // the product that makes float32 logits, without its result; of no outputs: they are there
+  const void* logits;  // [rows, vocabulary], or null
   int64_t* tokens;     // [rows]
   float* logprobs;     // [rows]
   int64_t rows, vocabulary, row_stride, dtype;

@@ -10,8 +10,8 @@
 
 namespace whispers::WHISPERS_ISA {
 
-// 16 KB of float32: read for the maximum, it is still in the first cache for the sum.
-constexpr int64_t kChunk = 4096;
+// 6 KB of float32: read for the maximum, it is still in the first cache for the sum. And 32 of a head's panels, see likeliest.h.
+constexpr int64_t kChunk = 1536;
 
 struct LogSum {
   float top, total;  // the largest x, and the sum of e^(x - top); top -inf: of e^x

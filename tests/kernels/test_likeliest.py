@@ -14,7 +14,7 @@ from .rounding import normal
 
 pytestmark = pytest.mark.skipif("cpp" not in available_impls(), reason="needs the C++ kernels")
 
-VOCABULARIES = (1, 7, 16, 33, 4096, 4097, 12289)  # chunks have 4096: less, whole ones, one more
+VOCABULARIES = (1, 7, 16, 33, 1536, 1537, 4609)  # chunks have 1536: less, whole ones, one more
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
@@ -46,3 +46,20 @@ def test_cpp_names_a_token_of_rows_that_are_no_numbers() -> None:
     tokens, logprobs = likeliest(logits)
     assert all(0 <= token < 20 for token in tokens) and bool(logprobs.isnan().tolist()[0]) and bool(logprobs[2].isnan())
     assert likeliest(torch.zeros(0, 20))[0].shape == (0,)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("vocabulary", (5, 1536, 4700))
+@pytest.mark.parametrize("rows", (0, 1, 9, 40, 150))  # a tile's, more, and so many that an ordinary product would divide them
+def test_cpp_makes_the_logits_of_a_head_chunk_by_chunk(
+    dtype: torch.dtype, vocabulary: int, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from whispers_kernels.cpp.likeliest import likeliest, likeliest_of
+    from whispers_kernels.cpp.linear import PackedLinear
+
+    head = PackedLinear(normal(vocabulary, 70, dtype=dtype), normal(vocabulary))
+    hidden = normal(rows, 140, dtype=dtype)[:, :70]
+    expected = likeliest(head(hidden, dtype=torch.float32))
+    poison(monkeypatch)
+    tokens, logprobs = likeliest_of(head, hidden)
+    assert torch.equal(tokens, expected[0]) and torch.equal(logprobs, expected[1])

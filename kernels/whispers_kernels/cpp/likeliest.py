@@ -17,19 +17,18 @@ def likeliest(logits: Tensor) -> tuple[Tensor, Tensor]:
 
     The log-probability has the bits that `pool_logits` gives a pool of that row alone.
     """
-    return _of(_NO_HEAD, dense(logits))
+    logits = dense(logits)
+    return _of(_NO_HEAD, logits, *logits.shape, dtype_of(logits))
 
 
 def likeliest_of(head: PackedLinear, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """The same of the float32 logits of hidden states `[R, K]`, which `head` makes of them in the same call."""
+    """The same of the float32 logits that `head` makes of hidden states `[R, K]`, which are never written whole."""
     hidden = dense(hidden)
-    logits = torch.empty(hidden.shape[0], head.columns, dtype=torch.float32)
-    return _of(head.product(hidden, None, logits), logits)
+    return _of(head.product(hidden, None, None), None, hidden.shape[0], head.columns, 0)
 
 
-def _of(head: tuple[int, ...], logits: Tensor) -> tuple[Tensor, Tensor]:
-    rows, vocabulary = logits.shape
+def _of(head: tuple[int, ...], logits: Tensor | None, rows: int, vocabulary: int, dtype: int) -> tuple[Tensor, Tensor]:
     tokens, logprobs = torch.empty(rows, dtype=torch.int64), torch.empty(rows, dtype=torch.float32)
-    pointers = address(logits), address(tokens), address(logprobs)
-    _likeliest(*head, *pointers, rows, vocabulary, logits.stride(0), dtype_of(logits))
+    stride = 0 if logits is None else logits.stride(0)
+    _likeliest(*head, *map(address, (logits, tokens, logprobs)), rows, vocabulary, stride, dtype)
     return tokens, logprobs
