@@ -10,7 +10,8 @@ namespace whispers::WHISPERS_ISA {
 
 constexpr int kGridSteps = GridWords<4>::kGroup;
 constexpr int kGridNumbers = 2 * kGridSteps;
-constexpr int kGridReach = 16;  // how many float16 on either side of the likeliest scale are tried
+// How many float16 on either side of the likeliest scale are tried: all that can be meant where numbers are up to 5 times as large as they are apart.
+constexpr int kGridReach = 40;
 constexpr Mask kAllLanes = 0xffff;
 
 // What W outputs' numbers are, a lane each, and the grids that were found.
@@ -27,13 +28,16 @@ class GridSearch {
     }
   }
 
-  // Whether all of them lie on grids. Of 4 bits the lowest code is the least number's, the largest any: 15 first, as in Q4_1. Of 8 bits one end
-  // is 127 scales from 0.
+  // Whether all of them lie on grids.
   bool found() {
+    const Vec extreme = select(less(most_, zero() - least_), least_, most_);
     if (Words::kBits == 4) {
-      for (int top = Words::kLevels - 1; top > 0 && found_ != kAllLanes; --top) search((most_ - least_) / splat(static_cast<float>(top)), least_);
+      search<false>((most_ - least_) / splat(15.0f));  // Q4_1: both ends have a code
+      const Vec scale = extreme / splat(-8.0f);        // Q4_0: the end that is farther from 0; where both are as far, either
+      search<true>(scale);
+      search<true>(zero() - scale);
     } else {
-      search(max(most_, zero() - least_) / splat(127.0f), zero());
+      search<true>(extreme / splat(127.0f));  // Q8_0
     }
     return found_ == kAllLanes;
   }
@@ -58,45 +62,59 @@ class GridSearch {
   }
 
  private:
-  // Looks, in lanes where none was found yet, for grids of about this scale that give exactly these numbers, where the one at `origin` has the
-  // lowest code, or of 8 bits the one in the middle.
-  void search(Vec likely_scale, Vec origin) {
-    const Vec middle = splat(Words::kBits == 4 ? 0.0f : Words::kLevels / 2), top = splat(Words::kLevels - 1);
-    const Vec rate = select(less(zero(), likely_scale), splat(1.0f) / likely_scale, zero());
-    Vec codes[kGridNumbers];
-    for (int n = 0; n < kGridNumbers; ++n) codes[n] = min(max(round((values_[n] - origin) * rate) + middle, zero()), top);
+  // Looks, in lanes where none was found yet, for grids of about this scale that give exactly these numbers. They have a minimum of their own, and the
+  // least number has code 0; or, `centred`, 0 has the code in the middle.
+  template <bool centred>
+  void search(Vec likely_scale) {
+    const Vec middle = splat(centred ? Words::kLevels / 2 : 0), top = splat(Words::kLevels - 1), origin = centred ? zero() : least_;
     const __m256i likely = narrow(likely_scale, F16{});
     for (int i = 0; i <= 2 * kGridReach && found_ != kAllLanes; ++i) {
       const __m256i scales = _mm256_add_epi16(likely, _mm256_set1_epi16(static_cast<int16_t>(i % 2 == 0 ? i / 2 : -(i + 1) / 2)));
-      const Vec scale = widen(scales, F16{});
-      const __m256i minima = narrow(Words::kBits == 4 ? minimum_of(codes, scale) : fnma(scale, middle, zero()), F16{});
-      const typename Words::Grid grid(scale, widen(minima, F16{}));
-      Mask fits = outside(kAllLanes, found_);
-      for (int n = 0; n < kGridNumbers && any(fits); ++n) {
-        const Vec code = Words::kBits == 4 ? codes[n] : fma(codes[n], splat(1.0f / Words::kLevels), splat(1.0f));
-        fits = Mask(fits & equal(widen(narrow(grid.weight(code), Bf16{}), Bf16{}), values_[n]));
+      const Vec scale = widen(scales, F16{}), rate = select(equal(scale, zero()), zero(), splat(1.0f) / scale);
+      Vec codes[kGridNumbers];
+      for (int n = 0; n < kGridNumbers; ++n) codes[n] = min(max(round((values_[n] - origin) * rate) + middle, zero()), top);
+      if (centred) {
+        keep_where_exact(codes, scales, zero() - middle * scale);
+        continue;
       }
-      scales_ = _mm256_mask_mov_epi16(scales_, fits, scales);
-      minima_ = _mm256_mask_mov_epi16(minima_, fits, minima);
-      for (int n = 0; n < kGridNumbers; ++n) codes_[n] = select(fits, codes[n], codes_[n]);
-      found_ = Mask(found_ | fits);
+      const Bounds bounds = minimum_of(codes, scale);
+      keep_where_exact(codes, scales, (bounds.low + bounds.high) * splat(0.5f));
+      keep_where_exact(codes, scales, bounds.low);  // a number that was half way between two of bf16 can leave either bound alone
+      keep_where_exact(codes, scales, bounds.high);
     }
+  }
+
+  void keep_where_exact(const Vec (&codes)[kGridNumbers], __m256i scales, Vec minimum) {
+    const __m256i minima = narrow(minimum, F16{});
+    const typename Words::Grid grid(widen(scales, F16{}), widen(minima, F16{}));
+    Mask fits = outside(kAllLanes, found_);
+    for (int n = 0; n < kGridNumbers && any(fits); ++n) {
+      fits = Mask(fits & equal(widen(narrow(grid.weight(Words::as_unpacked(codes[n])), Bf16{}), Bf16{}), values_[n]));
+    }
+    if (!any(fits)) return;
+    scales_ = _mm256_mask_mov_epi16(scales_, fits, scales);
+    minima_ = _mm256_mask_mov_epi16(minima_, fits, minima);
+    for (int n = 0; n < kGridNumbers; ++n) codes_[n] = select(fits, codes[n], codes_[n]);
+    found_ = Mask(found_ | fits);
   }
 
   // Of bf16.
   static Vec half_a_bit(Vec x) { return times_power_of_2(splat(1.0f), exponent_of(x) - splat(8.0f)); }
 
-  // The middle of what a minimum can be, given the scale: what a number was before it was rounded to bf16 is known to half of its last bit, a quarter
-  // on the side of 0 of a power of two.
-  Vec minimum_of(const Vec (&codes)[kGridNumbers], Vec scale) const {
-    Vec low = minus_infinity(), high = zero() - minus_infinity();
+  struct Bounds {
+    Vec low, high;
+  };
+  // What a minimum can be, given the scale: what a number was before it was rounded to bf16 is known to half of its last bit, a quarter on the side
+  // of 0 of a power of two.
+  Bounds minimum_of(const Vec (&codes)[kGridNumbers], Vec scale) const {
+    Bounds bounds{minus_infinity(), zero() - minus_infinity()};
     for (int n = 0; n < kGridNumbers; ++n) {
       const Vec rest = fnma(codes[n], scale, values_[n]), away = half_a_bit(values_[n]), towards = half_a_bit(values_[n] * splat(1 - 0x1p-12f));
       const Mask negative = less(values_[n], zero());
-      low = max(low, rest - select(negative, away, towards));
-      high = min(high, rest + select(negative, towards, away));
+      bounds.low = max(bounds.low, rest - select(negative, away, towards));
+      bounds.high = min(bounds.high, rest + select(negative, towards, away));
     }
-    return (low + high) * splat(0.5f);
+    return bounds;
   }
 
   Vec values_[kGridNumbers], codes_[kGridNumbers] = {}, least_ = zero() - minus_infinity(), most_ = minus_infinity();

@@ -148,7 +148,8 @@ struct GridWords : PairWords {
     Vec scale, minimum;
     Vec weight(Vec code) const { return fma(code, scale, minimum); }
   };
-  // The codes of step `step` of a line, as what grids take.
+  static Vec as_unpacked(Vec code) { return kBits == 4 ? code : fma(code, splat(1.0f / kLevels), splat(1.0f)); }
+  // The codes of step `step` of a line, as grids take them.
   static Vec codes(const Key& key, Bits line, int step) {
     if (kBits == 4) return _mm512_permutexvar_ps(_mm512_srli_epi32(line, 4 * step), key.levels);  // by the lowest 4 bits of a lane
     const int up = 23 - kBits - kBits * step;

@@ -166,6 +166,43 @@ def test_bfloat16_in_12_bits_loses_none() -> None:
         assert_as_good(packed(x[:rows]), exact[:rows], F.linear(x[:rows], finite), size[:rows])
 
 
+def from_few_bits(kind: str, weight: Tensor) -> Tensor:
+    """What GGUF's blocks of that kind keep of it, as bfloat16."""
+    quants, kinds = pytest.importorskip("gguf.quants"), pytest.importorskip("gguf").GGMLQuantizationType
+    return torch.from_numpy(quants.dequantize(quants.quantize(weight.numpy(), kinds[kind]), kinds[kind])).bfloat16()
+
+
+@pytest.mark.parametrize("size", (1e-3, 1.0))
+@pytest.mark.parametrize("kind, bits", (("Q4_0", 5), ("Q4_1", 5), ("Q8_0", 9)))
+def test_weights_that_come_from_few_bits_need_few_and_lose_none(
+    kind: str, bits: int, size: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = normal(112, 576, dtype=torch.float32) * size
+    weight[:, :32] += 4 * size  # farther from 0 than from each other
+    weight[5], weight[6, 32:64] = 0, size  # all alike
+    table = from_few_bits(kind, weight)
+    poison(monkeypatch)
+    packed = PackedLinear(table)
+    needed = bits / 16 if isa() == "amx" else 0.77
+    assert packed.nbytes <= needed * table.nbytes
+    assert torch.equal(packed.rows(torch.arange(112)), table)
+    x = normal(40, 576, dtype=torch.bfloat16, seed=1)
+    exact, sums = products(x, table, None)
+    for rows in (1, 8, 19, 40):
+        assert_as_good(packed(x[:rows]), exact[:rows], F.linear(x[:rows], table), sums[:rows])
+        assert torch.equal(packed(x[:rows]), packed(x)[:rows])
+
+
+@pytest.mark.parametrize("kind", ("Q4_1", "Q8_0"))
+def test_one_weight_off_its_grid_is_kept_as_it_is(kind: str) -> None:
+    table = from_few_bits(kind, normal(112, 576, dtype=torch.float32))
+    table[50, 100] = 1e-6
+    for weight in (table, table[:, :570].contiguous()):  # and a depth that is no whole number of blocks
+        packed = PackedLinear(weight)
+        assert 0.7 * weight.nbytes < packed.nbytes < 0.77 * weight.nbytes
+        assert torch.equal(packed.rows(torch.arange(112)), weight)
+
+
 def test_weights_of_every_magnitude_keep_16_bits() -> None:
     weight = normal(96, 64, dtype=torch.bfloat16) * powers(96, 64)
     packed, x = PackedLinear(weight), normal(3, 64, dtype=torch.bfloat16, seed=1)

@@ -107,7 +107,7 @@ class PackedLinear:
         return out
 
     def product(self, x: Tensor, residual: Tensor | None, out: Tensor | None) -> tuple[int, ...]:
-        """The numbers of csrc's `Linear`, for x and a residual that are dense, and a contiguous result; None: of float32, somewhere else."""
+        """The numbers of csrc's `Linear`, for x and a residual that are dense, and a contiguous result; None: float32, elsewhere."""
         residual_row, dtype = 0 if residual is None else residual.stride(0), 0 if out is None else dtype_of(out)
         sizes = x.shape[0], x.stride(0), residual_row, self.columns, dtype_of(x), dtype
         return (*self.block, address(x), address(residual), address(out), 0, *sizes)
