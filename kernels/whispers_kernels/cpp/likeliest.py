@@ -18,13 +18,14 @@ def likeliest(logits: Tensor) -> tuple[Tensor, Tensor]:
     The log-probability has the bits that `pool_logits` gives a pool of that row alone.
     """
     logits = dense(logits)
-    return _of(_NO_HEAD, logits, *logits.shape, dtype_of(logits))
+    rows, vocabulary = logits.shape
+    return _of(_NO_HEAD, logits, rows, vocabulary, dtype_of(logits))
 
 
 def likeliest_of(head: PackedLinear, hidden: Tensor) -> tuple[Tensor, Tensor]:
     """The same of the float32 logits that `head` makes of hidden states `[R, K]`, which are never written whole."""
     hidden = dense(hidden)
-    return _of(head.product(hidden, None, None), None, hidden.shape[0], head.columns, 0)
+    return _of(head.product(hidden, None, None), None, hidden.shape[0], head.columns, 0)  # a dtype that is not asked for
 
 
 def _of(head: tuple[int, ...], logits: Tensor | None, rows: int, vocabulary: int, dtype: int) -> tuple[Tensor, Tensor]:
