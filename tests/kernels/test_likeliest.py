@@ -50,9 +50,7 @@ def test_cpp_names_a_token_of_rows_that_are_no_numbers() -> None:
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("vocabulary", (5, 1536, 4700))
-@pytest.mark.parametrize(
-    "rows", (0, 1, 9, 40, 150)
-)  # a tile's, more, and so many that an ordinary product would divide them
+@pytest.mark.parametrize("rows", (0, 1, 9, 40, 150))  # 150: an ordinary product would divide rows
 def test_cpp_makes_the_logits_of_a_head_chunk_by_chunk(
     dtype: torch.dtype, vocabulary: int, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

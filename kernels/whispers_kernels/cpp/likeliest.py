@@ -25,9 +25,7 @@ def likeliest(logits: Tensor) -> tuple[Tensor, Tensor]:
 def likeliest_of(head: PackedLinear, hidden: Tensor) -> tuple[Tensor, Tensor]:
     """The same of the float32 logits that `head` makes of hidden states `[R, K]`, which are never written whole."""
     hidden = dense(hidden)
-    return _of(
-        head.product(hidden, None, None), None, hidden.shape[0], head.columns, 0
-    )  # a dtype that is not asked for
+    return _of(head.product(hidden, None, None), None, hidden.shape[0], head.columns, 0)
 
 
 def _of(head: tuple[int, ...], logits: Tensor | None, rows: int, vocabulary: int, dtype: int) -> tuple[Tensor, Tensor]:
