@@ -229,9 +229,7 @@ class Item {
                           steps_of_product<Math>(tall_, s_.width / W, ceil_div(keys, Math::kPack)) + (Math::kTiled ? 2 * tall_ : 0);
     const int64_t rest = a_.in_panels ? 0 : larger(fetch_.lines() - steps, 0), pace = ceil_div(rest, 2 * ceil_div(keys, W));
     lines_a_step_ = ceil_div(fetch_.lines() - rest, steps);
-    const auto pause = [&] {
-      for (int64_t i = 0; i < pace; ++i) fetch_.next_line();
-    };
+    const auto pause = [&] { fetch_.next(pace); };
     if (!a_.in_panels) {
       pack_keys<Math, Page>(a_, *w_.at, s_.depth, w_.keys, pause);
       pack_values<Math, Page>(a_, *w_.at, s_.width, w_.values, pause);
@@ -254,9 +252,7 @@ class Item {
     if (begin >= end) return;
     int64_t keys = 0;  // up to the last that any of them sees: on a prefill's diagonal that is half a block
     for (int64_t i = begin; i < end; ++i) keys = larger(keys, w_.seen[i].end);
-    const auto fetch = [&] {
-      for (int64_t i = 0; i < lines_a_step_; ++i) fetch_.next_line();
-    };
+    const auto fetch = [&] { fetch_.next(lines_a_step_); };
     const auto weighing = [&] {
       if (Math::kTiled) fetch();
     };

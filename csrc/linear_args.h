@@ -12,11 +12,11 @@
 // output i / 16 * 4 + i % 8 / 2, step i / 8 % 2, number i % 2; a code is the low half of that byte for the first two steps. So two unpackings
 // of low and high bytes give two steps' words. A last group's steps behind the end are zeros.
 //
-// Grid weights are bf16 that come from 4 or 8 bits, exactly (but for the sign of a zero, which no sum shows): 32 neighbours in depth of an output are bf16(scale * code + minimum), scale and
-// minimum float16 (blocks of GGUF's Q4_1; of Q4_0, whose minimum is -8 scales; of Q8_0, -128). Sixteen steps of a panel lie together as
-// [1 + bits, 48] words. Of 16 outputs the first are the scales and behind them the minima, the next bits / 2 codes of the outputs 0 to 7, the
-// last of 8 to 15: word i has those of output i / 2, number i % 2, of 32 / bits steps, the first in its lowest bits. So what one vector unpacks
-// lies as tiles want it.
+// Grid weights are bf16 that come from 4 or 8 bits, exactly (but for the sign of a zero, which no sum shows): 32 neighbours in depth of an
+// output are bf16(scale * code + minimum), scale and minimum float16 (blocks of GGUF's Q4_1; of Q4_0, whose minimum is -8 scales; of Q8_0,
+// -128). Sixteen steps of a panel lie together as [1 + bits, 48] words. Of 16 outputs the first are the scales and behind them the minima, the
+// next bits / 2 codes of the outputs 0 to 7, the last of 8 to 15: word i has those of output i / 2, number i % 2, of 32 / bits steps, the first
+// in its lowest bits. So what one vector unpacks lies as tiles want it.
 #pragma once
 
 #include <cstdint>

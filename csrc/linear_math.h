@@ -128,8 +128,8 @@ struct KeptWords : ShortWords {
 };
 
 #if WHISPERS_LEVEL >= 3
-// Pairs of weights on grids, in 5 or 9 bits a weight: see linear_args.h. A step of W outputs is nine instructions: more than vectors can do beside
-// products of their own, but fewer than memory takes for 12 bits where tiles multiply.
+// Pairs of weights on grids, in 5 or 9 bits a weight: see linear_args.h. A step of W outputs takes six cycles, three times what it takes from 12
+// bits: too long beside products by vectors, but less than memory takes for 12 bits where tiles multiply.
 template <int kCodeBits>
 struct GridWords : PairWords {
   static constexpr int kBits = kCodeBits, kLevels = 1 << kBits;

@@ -1,6 +1,6 @@
-// The inner product in tiles: up to 32 rows of x times a panel of bf16 weights, short or not, or 16 rows times one of int8.
+// The inner product in tiles: up to 32 rows of x times a panel of bf16 weights, as they are, short or of grids, or 16 rows times one of int8.
 //
-// Short ones become pairs on the way, for one tile's depth at a time; those without a code are put back among them, so that short weights give
+// Packed ones become pairs on the way, for one tile's depth at a time; short ones without a code are put back among them, so that all of them give
 // what bf16 ones do, bit for bit.
 #pragma once
 
@@ -95,7 +95,7 @@ class TilesOf {
   const float* words_;
   alignas(64) float end_[kTile * kRow];
 };
-// Or short or of grids: two of them in turn, so that the next is made while this one is multiplied.
+// Or, of packed weights, as pairs: two of them in turn, so that the next is made while this one is multiplied.
 template <class Words, int kWide>
 class TilesOf<Words, kWide, true> {
  public:
