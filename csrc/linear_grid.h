@@ -62,8 +62,8 @@ class GridSearch {
   }
 
  private:
-  // Looks, in lanes where none was found yet, for grids of about this scale that give exactly these numbers. They have a minimum of their own, and the
-  // least number has code 0; or, `centred`, 0 has the code in the middle.
+  // Looks, in lanes where none was found yet, for grids of about this scale that give exactly these numbers. They have a minimum of their own, and
+  // the least number has code 0; or, `centred`, 0 has the code in the middle.
   template <bool centred>
   void search(Vec likely_scale) {
     const Vec middle = splat(centred ? Words::kLevels / 2 : 0), top = splat(Words::kLevels - 1), origin = centred ? zero() : least_;

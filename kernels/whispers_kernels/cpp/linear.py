@@ -15,7 +15,7 @@ _linear = operation("linear", "20q")
 _unpack_rows = operation("unpack_rows", "17q")
 
 _BF16, _INT8, _SHORT = 1, 2, 3  # WeightKind of csrc/linear_args.h
-_GRIDS = {4: 4, 8: 5}  # by a code's bits
+_GRIDS = {4: 4, 8: 5}  # likewise, by the bits of a code
 _KINDS = {torch.float32: 0, torch.float16: 0, torch.bfloat16: _BF16}
 _ROWS = (torch.float32, torch.bfloat16, torch.float16)
 
