@@ -6,6 +6,7 @@
 #pragma once
 
 #include "attention_tile.h"
+#include "lines_ahead.h"
 #include "share.h"
 
 namespace whispers::WHISPERS_ISA {
@@ -345,8 +346,9 @@ void merge_rows(const Attention& a, const Partials& partials, const Crew& crew) 
   }
 }
 
+// `fetched`: of so many tasks, the first, the thread that does them has fetched the keys: every `threads`th is its own.
 template <class Math, class T, class Page>
-void attend_items(const Attention& a, const Crew& crew) {
+void attend_items(const Attention& a, const Crew& crew, int64_t fetched) {
 #if WHISPERS_LEVEL >= 3
   Tiles tiles;
 #endif
@@ -354,10 +356,17 @@ void attend_items(const Attention& a, const Crew& crew) {
   const Workspace<Math> workspace(shape, crew.own());
   const Partials partials = partials_in(a, crew.shared());
   const int64_t tasks = a.header[0] * a.kv_heads;
+  int64_t own = crew.thread;
+  const auto take = [&] {
+    if (own >= fetched) return fetched + crew.take();
+    own += crew.threads;
+    return own - crew.threads;
+  };
   // The next task is taken before this one is begun: its keys are fetched meanwhile, by who will want them.
-  for (int64_t task = crew.take(), later; task < tasks; task = later) {
-    later = crew.take();
-    const int32_t *item = a.items + 6 * (task / a.kv_heads), *next = later < tasks ? a.items + 6 * (later / a.kv_heads) : nullptr;
+  for (int64_t task = take(), later; task < tasks; task = later) {
+    later = take();
+    const bool fetches = fetched <= later && later < tasks;
+    const int32_t *item = a.items + 6 * (task / a.kv_heads), *next = fetches ? a.items + 6 * (later / a.kv_heads) : nullptr;
 #if WHISPERS_LEVEL >= 3
     tiles.set((item[1] - item[0]) * shape.group);
 #endif
@@ -380,13 +389,44 @@ inline int64_t attention_scratch(const Attention& a) {  // bytes of each thread;
   return Workspace<Floats>(Shape<Floats>(a), nullptr).bytes;
 }
 
-inline void committee_attention(const Attention& a, const Crew& crew) {
+// How many tasks, the first ones, have keys that are worth fetching before the attention begins: where tiles are multiplied, those of so few rows
+// that their products wait for memory. What this thread reads for its part of them is added to `lines`.
+inline int64_t add_keys(const Attention& a, const Crew& crew, LinesAhead& lines) {
+  int64_t task = 0;
+#if WHISPERS_LEVEL >= 3
+  constexpr int64_t kMostBytes = 1 << 20;  // of each thread: half of the second cache of a processor with AMX
+  if (!in_pairs(a) || !a.in_panels) return 0;
+  const int64_t of_page = a.dim * a.page_size * static_cast<int64_t>(sizeof(Bf16));
+  int64_t places = 0;  // of all threads together, since each must come to the same number of tasks
+  for (; task < a.header[0] * a.kv_heads; ++task) {
+    const int32_t *item = a.items + 6 * (task / a.kv_heads), *part = a.parts + 3 * item[2];
+    const int64_t begin = part[1] / a.page_size, end = ceil_div(smaller(part[2], a.length[part[0]]), a.page_size);
+    places += 2 * (end - begin);
+    if (item[5] != 0 || (item[1] - item[0]) * (a.q_heads / a.kv_heads) > kTile) break;
+    if (places > LinesAhead::kMost || places * of_page > kMostBytes * crew.threads) break;
+    if (task % crew.threads != crew.thread) continue;
+    const int32_t* pages = a.pages + a.page_ptr[part[0]];
+    const int64_t head = task % a.kv_heads;
+    for (int64_t i = begin; i < end; ++i) {
+      lines.add(static_cast<const Bf16*>(a.k_pages) + pages[i] * a.k_layout.page + head * a.k_layout.head, of_page);
+      lines.add(static_cast<const Bf16*>(a.v_pages) + pages[i] * a.v_layout.page + head * a.v_layout.head, of_page);
+    }
+  }
+#endif
+  return task;
+}
+
+// `fetched`: as `add_keys` returns it, once what it adds has been fetched; else 0.
+inline void committee_attention(const Attention& a, const Crew& crew, int64_t fetched) {
 #if WHISPERS_LEVEL >= 2
-  if (in_pairs(a)) return a.page_dtype == kFp8 ? attend_items<Pairs, Bf16, Fp8>(a, crew) : attend_items<Pairs, Bf16, Bf16>(a, crew);
+  if (in_pairs(a)) {
+    return a.page_dtype == kFp8 ? attend_items<Pairs, Bf16, Fp8>(a, crew, fetched) : attend_items<Pairs, Bf16, Bf16>(a, crew, fetched);
+  }
 #endif
   with_dtype(a.dtype, [&](auto kind) {
-    with_page_dtype(a.page_dtype, [&](auto page_kind) { attend_items<Floats, decltype(kind), decltype(page_kind)>(a, crew); });
+    with_page_dtype(a.page_dtype, [&](auto page_kind) { attend_items<Floats, decltype(kind), decltype(page_kind)>(a, crew, fetched); });
   });
 }
+inline void committee_attention(const Attention& a, const Crew& crew) { committee_attention(a, crew, 0); }
 
 }  // namespace whispers::WHISPERS_ISA

@@ -105,6 +105,13 @@ inline Attention attention_of(Attention attention, const Wanted& wanted) {
   return attention;
 }
 
+// How often this thread's linears between two attentions call for the next one's keys.
+inline int64_t calls_for_keys(const Forward& a, const Crew& crew) {
+  const ForwardLayer& layer = a.layers[0];
+  const auto calls = [&](const Packed& weights) { return calls_for_others(product(a, weights, nullptr, 0, nullptr, 0, nullptr), crew); };
+  return calls(layer.out) + calls(layer.gate_up) + calls(layer.down) + calls(layer.qkv);
+}
+
 inline void forward(const Forward& all, const Crew& crew) {
   Forward a = all;
   const int64_t attended = a.attention.q_heads * a.attention.dim;
@@ -114,6 +121,9 @@ inline void forward(const Forward& all, const Crew& crew) {
   rope.angle_row = rope.dim / 2;
   turn(a, crew);
   Attention attention = a.attention;
+  LinesAhead keys;  // of the attention to come, fetched while linears compute: the weights are few bytes where tiles are multiplied
+  const int64_t tasks = a.count > 1 ? add_keys(attention, crew, keys) : 0, calls = tasks > 0 ? calls_for_keys(a, crew) : 0;
+  int64_t fetched = 0;  // tasks of it
   if (a.embed.table != nullptr) {
     embed_rows(a.embed, crew);
   } else {
@@ -124,7 +134,7 @@ inline void forward(const Forward& all, const Crew& crew) {
     tap(a, index, a.hidden, crew);  // of rows that this thread has written itself, or behind a barrier
     normalise(a, layer.attn_norm, a.normed, crew);
     crew.barrier();
-    linear(product(a, layer.qkv, a.normed, a.width, a.qkv, rope.q_row, &layer.out), crew);
+    linear(product(a, layer.qkv, a.normed, a.width, a.qkv, rope.q_row, &layer.out), crew, &keys);
     crew.barrier();
     if (layer.q_norm != nullptr) {
       norm_heads(a, layer, crew);
@@ -139,17 +149,22 @@ inline void forward(const Forward& all, const Crew& crew) {
       crew.barrier();
       attention = attention_of(attention, a.wanted);
       a.rows = a.wanted.count;
+      fetched = 0;
     }
-    committee_attention(attention, crew);
+    committee_attention(attention, crew, fetched);
     crew.barrier();
-    linear(addition(a, layer.out, a.attended, attended, &layer.gate_up), crew);
+    if (index + 1 < a.count) {
+      keys.begin((index + 1) * a.layer_stride, calls);
+      fetched = tasks;
+    }
+    linear(addition(a, layer.out, a.attended, attended, &layer.gate_up), crew, &keys);
     crew.barrier();
     normalise(a, layer.mlp_norm, a.normed, crew);
     crew.barrier();
-    linear(product(a, layer.gate_up, a.normed, a.width, a.gated, a.intermediate, &layer.down), crew);
+    linear(product(a, layer.gate_up, a.normed, a.width, a.gated, a.intermediate, &layer.down), crew, &keys);
     crew.barrier();
     const Packed* next = index + 1 < a.count ? &a.layers[index + 1].qkv : nullptr;
-    linear(addition(a, layer.down, a.gated, a.intermediate, next), crew);
+    linear(addition(a, layer.down, a.gated, a.intermediate, next), crew, &keys);
     crew.barrier();
     rope.k_pages = static_cast<char*>(rope.k_pages) + a.layer_stride;
     rope.v_pages = static_cast<char*>(rope.v_pages) + a.layer_stride;

@@ -116,12 +116,24 @@ inline void multiply_part(const Linear& a, const LinearRows& x, const LinearPart
   });
 }
 
-inline void linear(const Linear& a, const Crew& crew, void* room) {
-  if (a.rows == 0) return;
-  const LinearRows x = prepare(a, crew, room);
-  multiply_part(a, x, part_of(a, crew), static_cast<float*>(crew.own()));
+// How often this thread's part calls for what others read: once for every tile's depth.
+inline int64_t calls_for_others(const Linear& a, const Crew& crew) {
+  int64_t calls = 0;
+#if WHISPERS_LEVEL >= 3
+  with_words(a.weights.kind, [&](auto kind) {
+    if constexpr (decltype(kind)::kTiled) calls = calls_for_others<decltype(kind)>(a, part_of(a, crew));
+  });
+#endif
+  return calls;
 }
 
-inline void linear(const Linear& a, const Crew& crew) { linear(a, crew, crew.shared()); }
+inline void linear(const Linear& a, const Crew& crew, LinesAhead* others) {
+  if (a.rows == 0) return;
+  const LinearRows x = prepare(a, crew, crew.shared());
+  LinearPart part = part_of(a, crew);
+  part.others = others;
+  multiply_part(a, x, part, static_cast<float*>(crew.own()));
+}
+inline void linear(const Linear& a, const Crew& crew) { linear(a, crew, nullptr); }
 
 }  // namespace whispers::WHISPERS_ISA

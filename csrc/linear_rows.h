@@ -2,6 +2,7 @@
 #pragma once
 
 #include "linear_math.h"
+#include "lines_ahead.h"
 #include "share.h"
 
 namespace whispers::WHISPERS_ISA {
@@ -123,7 +124,8 @@ inline void prepare_rows(const Linear& a, void* room, int64_t begin, int64_t end
 // A thread's part of the product.
 struct LinearPart {
   Share rows, panels;
-  const float* next;  // what it reads after them, or null
+  const float* next;             // what it reads after them, or null
+  LinesAhead* others = nullptr;  // what other operations read later, fetched meanwhile where tiles are multiplied
 };
 
 // The rows that `linear_panels` takes: of x itself or of a room that was prepared.

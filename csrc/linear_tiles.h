@@ -285,6 +285,13 @@ inline int64_t tiles_scratch(const Linear& a) {
   return unpacks_ahead(a) ? 2 * kPanelOutputs * up_to(steps_of<ShortWords>(a.weights), kTile) * 4 : 0;
 }
 
+// How often a thread's part calls for what others read.
+template <class Words>
+inline int64_t calls_for_others(const Linear& a, const LinearPart& part) {
+  const int64_t rows = part.rows.end - part.rows.begin, tall = Words::kNumbers == 4 ? kTile : kTallRows;
+  return (part.panels.end - part.panels.begin) * ceil_div(rows, tall) * ceil_div(steps_of<Words>(a.weights), kTile);
+}
+
 // A thread's part. What it reads next is fetched in equal parts: where packed weights become pairs just before they are multiplied, a line with each
 // vector of them (all lines of a step at once had to be waited for: 32 rows 0.9 of the time), else some at every step or, of int8, product.
 template <class Words, class T>
@@ -313,6 +320,7 @@ inline void panels_by_tiles(const Linear& a, const LinearRows& x, const LinearPa
         for (int64_t i = 0; i < ceil_div(lines, parts.value); ++i, line += kLine) __builtin_prefetch(line, 0, 2);
       };
       const auto meanwhile = [&] {
+        if (part.others != nullptr) part.others->some();
         for (int64_t i = 0; i < groups; ++i) pairs.some();
         finishing.some(pace);
       };

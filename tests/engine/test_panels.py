@@ -53,6 +53,28 @@ def test_the_same_bits(tiny: Tiny, page_size: int, dtype: str) -> None:
 
 
 @needs_cpp
+@pytest.mark.parametrize("experts", [1, 3])
+def test_the_number_of_threads_changes_no_bits(llama: Tiny, experts: int) -> None:
+    """Of few rows each thread has keys of its own, which it fetches ahead where tiles are multiplied."""
+    from whispers_kernels import cpp
+
+    engine = make(llama, committee(llama, experts), impl="cpp", dtype="bfloat16", page_size=32)
+    endless(engine)
+    question, sampling = (token_ids(llama, 400, 1), token_ids(llama, 3, 2)), SamplingParams(max_tokens=12)
+    before = cpp.num_threads()
+    try:
+        answers = []
+        for number in (1, 2, 3, 5):
+            cpp.set_num_threads(number)
+            events = engine.stream(question, sampling=sampling, early_end=False)
+            answers.append([(event.expert, event.token, event.logprob) for event in events if isinstance(event, Token)])
+    finally:
+        cpp.set_num_threads(before)
+    assert len(answers[0]) == 12 * experts
+    assert all(other == answers[0] for other in answers[1:])
+
+
+@needs_cpp
 @pytest.mark.parametrize("page_size", [8, 24, 128])
 def test_other_page_sizes_lie_as_everybodys(llama: Tiny, page_size: int) -> None:
     assert not in_panels(Engine(llama.folder, impl="cpp", page_size=page_size, kv_cache_tokens=1024))
