@@ -400,7 +400,8 @@ inline int64_t add_keys(const Attention& a, const Crew& crew, LinesAhead& lines)
   int64_t places = 0;  // of all threads together, since each must come to the same number of tasks
   for (; task < a.header[0] * a.kv_heads; ++task) {
     const int32_t *item = a.items + 6 * (task / a.kv_heads), *part = a.parts + 3 * item[2];
-    const int64_t begin = part[1] / a.page_size, end = ceil_div(smaller(part[2], a.length[part[0]]), a.page_size);
+    const int64_t begin = part[1] / a.page_size, keys_end = smaller(part[2], a.length[part[0]]);  // a part may be room for keys to come
+    const int64_t end = larger(ceil_div(keys_end, a.page_size), begin);
     places += 2 * (end - begin);
     if (item[5] != 0 || (item[1] - item[0]) * (a.q_heads / a.kv_heads) > kTile) break;
     if (places > LinesAhead::kMost || places * of_page > kMostBytes * crew.threads) break;
