@@ -16,6 +16,7 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -34,10 +35,16 @@ from whispers_engine.files import write_json  # noqa: E402
 BUDGET = 570.0  # seconds for all stages, if nothing else is asked: ten minutes, less what starting and ending take
 WHISPERS = ("-m", "whispers_engine.cli.main")
 CUDA = ("--device", "cuda", "--json")
+VERIFY = (*WHISPERS, "verify", "--impl", "triton", *CUDA)
 SWEEP = ("bench", "kernels", "--impl", "triton", *CUDA)
 STEPS = ("bench", "throughput", "--impl", "triton", *CUDA)
 FLEX_SHAPES = ("--heads", "llama-8b", "--experts", "8,64")
 UNCOMPILED = ("--peers", "transformers,transformers-static")
+DTYPES = (
+    "float32",
+    "bfloat16",
+    "float16",
+)  # every check is of one; each has a process of its own, since what takes long is compiling
 
 
 @dataclass(frozen=True)
@@ -63,7 +70,7 @@ TESTS = (
 
 # In the order of what would be missed most. FlexAttention compiles for every shape, so it has a stage of its own, with whatever is left.
 STAGES = (
-    Stage("verify", "check", (*WHISPERS, "verify", "--impl", "triton", *CUDA), 220),
+    *(Stage(f"verify {dtype}", "check", (*VERIFY, "--only", f", {dtype}"), 220) for dtype in DTYPES),
     Stage("tests", "tests", ("-m", "pytest", "-o", "addopts=", "-q", *WORKERS, *TESTS), 220),
     Stage("throughput 8b", "throughput", (*WHISPERS, *STEPS, "--shape", "llama-8b", *UNCOMPILED), 80),
     Stage("kernels", "kernels", (*WHISPERS, *SWEEP, "--peers", "sdpa-repeated,flashinfer-cascade,flash-attn"), 110, True),
@@ -79,7 +86,7 @@ def run(stage: Stage, seconds: float) -> dict[str, Any]:
     paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     environment.pop("TRITON_INTERPRET", None)  # the kernels themselves
-    done: dict[str, Any] = {"stage": stage.name, "command": " ".join(["python", *arguments])}
+    done: dict[str, Any] = {"stage": stage.name, "command": shlex.join(["python", *arguments])}
     start = time.monotonic()
     process = subprocess.Popen(
         [sys.executable, *arguments],

@@ -18,6 +18,7 @@ from torch import Tensor
 from tests.engine.conftest import Bench
 from whispers_engine.bench import attention, kernels, llama, measure, peers, targets, throughput
 from whispers_kernels import reference
+from whispers_kernels.verify import checks
 
 ROOT = Path(__file__).parents[2]
 SWEEP = ("bench", "kernels", "--device", "cpu", "--heads", "4x2x16", "--experts", "1,3", "--context", "40,130")
@@ -257,6 +258,12 @@ def test_suite_lists_its_targets(
     listed = capsys.readouterr().out
     assert len(targets.TARGETS) == 6 and listed.count("not measured") == 6
     assert all(target.text in listed for target in targets.TARGETS)
+
+
+def test_suite_leaves_no_check_out(suite: ModuleType) -> None:
+    stages = [stage.arguments for stage in suite.STAGES if stage.kind == "check"]
+    only = [arguments[arguments.index("--only") + 1] for arguments in stages]
+    assert all(sum(text in check.name for text in only) == 1 for check in checks("reference", torch.device("cpu")))
 
 
 def test_suite_without_a_gpu_writes_nothing(
