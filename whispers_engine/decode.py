@@ -149,13 +149,11 @@ class Decoder:
 
     def _record(self, step: _Step) -> None:
         # Before a capture kernels are compiled and libraries initialised. Nothing moves on yet: a repeated step writes what it wrote.
-        side = self._side
-        assert side is not None
-        side.wait_stream(torch.cuda.current_stream(self._model.device))
-        with torch.cuda.stream(side):
-            for _ in range(_WARM_UPS):
-                self._model.forward(step.batch, self._pool)
-        torch.cuda.current_stream(self._model.device).wait_stream(side)
-        step.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(step.graph, pool=self._memory, stream=side):  # by default, one of the first device's
-            step.hidden = self._forward(step)
+        # On another stream than the capture's: cuBLAS has a workspace a stream, and a graph must take its own, out of its own pool.
+        # Others may clear those that lie elsewhere, as every recording of torch.compile does, and free them under the graph.
+        for _ in range(_WARM_UPS):
+            self._model.forward(step.batch, self._pool)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._memory, stream=self._side):  # by default, one of the first device's
+            hidden = self._forward(step)
+        step.graph, step.hidden = graph, hidden

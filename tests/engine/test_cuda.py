@@ -14,6 +14,8 @@ from tests.engine.conftest import Tiny, soft_prompt, token_ids
 from tests.engine.test_decode import PAGE, Watched, endless, follow, requests, same, tokens
 from tests.engine.test_sharing import check_all_back, committee
 from whispers_engine import Engine, Expert, Request, SamplingParams
+from whispers_engine.bench.llama import SHAPES, random_weights
+from whispers_engine.bench.steps import Prompt, Rig
 from whispers_engine.decode import Decoder
 from whispers_engine.engine import _pool_pages
 from whispers_engine.request import Event
@@ -73,6 +75,27 @@ def test_every_rule(llama: Tiny, aggregate: str) -> None:
     how: dict[str, Any] = {"aggregate": aggregate, "sampling": sampling}
     same(*(list(e.stream("what do people eat", **how)) for e in (got, want)), tolerance=TOLERANCE)
     check_all_back(got)
+
+
+def test_a_graph_keeps_to_its_own_memory() -> None:
+    """Others may clear cuBLAS's workspaces, as torch.compile does: what is handed out next must not be one that a graph writes to.
+
+    An 8B model's products are split over their long sums, and so have a workspace.
+    """
+    shape, device = SHAPES["llama-8b"].shallow(), torch.device(DEVICE)
+    weights = random_weights(shape, torch.bfloat16, device)
+    rig = Rig(shape, weights, Prompt.random(shape, weights, 8, 300), 8, "triton")
+    before = rig.decode(8, 8).tokens
+    decoder = rig._scheduler.decoder
+    assert decoder is not None
+    torch.cuda.synchronize()
+    torch._C._cuda_clearCublasWorkspaces()
+    with torch.cuda.stream(decoder._side):  # memory goes back to the stream that it was taken for
+        others = torch.full((32 << 20,), 77, dtype=torch.uint8, device=device)
+    torch.cuda.synchronize()
+    assert rig.decode(8, 8).tokens == before
+    torch.cuda.synchronize()
+    assert bool((others == 77).all())
 
 
 def test_requests_join_and_leave(llama: Tiny) -> None:
