@@ -18,6 +18,7 @@ from torch import Tensor
 from .config import ModelConfig, read_json
 from .errors import WhispersError
 from .files import new_folder, write_json
+from .router import FILE as ROUTER_FILE
 from .router import Router, load_router
 
 if TYPE_CHECKING:
@@ -83,7 +84,8 @@ class Expert:
             raise WhispersError(
                 f"{who}: embeddings {list(value.shape)} {value.dtype}; accepted: {want} of a float dtype"
             )
-        value = value.detach().to("cpu", torch.float32).contiguous()
+        # A copy: what the caller does to its tensor later must not change an expert that is loaded, or hashed, already.
+        value = value.detach().to("cpu", torch.float32, copy=True).contiguous()
         if not bool(torch.isfinite(value).all()):
             raise WhispersError(
                 f"{who}: {int((~torch.isfinite(value)).sum())} values are NaN or infinite; accepted: finite values"
@@ -168,8 +170,8 @@ class Expert:
         )
 
     def save(self, folder: str | Path) -> None:
-        """Writes a PEFT adapter and `expert.json`, replacing what was there."""
-        with new_folder(Path(folder)) as new:
+        """Writes a PEFT adapter and `expert.json`, replacing an expert that was there. Raises WhispersError for anything else there."""
+        with new_folder(_room_for(Path(folder), _EXPERT)) as new:
             self._write_adapter(new)
             meta = {"name": self.name, "culture": self.culture, "placement": self.placement, "kind": self.kind}
             write_json(new / _EXPERT, {**meta, "base": self.base, "record": self.record})
@@ -184,7 +186,7 @@ class Expert:
         folder = Path(folder)
         config = read_json(folder / _ADAPTER)
         peft_type = config.get("peft_type")
-        if peft_type not in _PEFT_KINDS:
+        if not isinstance(peft_type, str) or peft_type not in _PEFT_KINDS:
             raise WhispersError(f"{folder}: peft_type {peft_type!r}; accepted: {', '.join(_PEFT_KINDS)}")
         if config.get("num_transformer_submodules") not in (None, 1):
             raise WhispersError(
@@ -213,7 +215,7 @@ class Expert:
                 layers, width, heads = (int(config[key]) for key in ("num_layers", "token_dim", "num_attention_heads"))
                 # [m, layers * 2 * heads * D], keys and values alternating per layer -> [layers, 2, heads, m, D]
                 value = value.view(-1, layers, 2, heads, width // heads).permute(1, 2, 3, 0, 4)
-            except (KeyError, TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
+            except (KeyError, TypeError, ValueError, OverflowError, RuntimeError, ZeroDivisionError) as error:
                 raise WhispersError(
                     f"{folder}: {_KEY} {list(tensors[_KEY].shape)} does not fit its config's num_layers, token_dim and "
                     f"num_attention_heads: {error!r}"
@@ -221,13 +223,15 @@ class Expert:
         return cls(name, value, placement, kind, culture)
 
     def to_peft(self, folder: str | Path) -> None:
-        """Writes a PEFT adapter alone. PEFT places it in front of a context that sees it: any placement but `prefix` gets a warning."""
+        """Writes a PEFT adapter alone, replacing one that was there. PEFT places it in front of a context that sees it: any placement
+        but `prefix` gets a warning. Raises WhispersError where something else is there."""
+        room = _room_for(Path(folder), _ADAPTER)
         if self.placement != "prefix":
             warnings.warn(
                 f"expert {self.name!r} is {self.placement}; PEFT will compute it as prefix, another function",
                 stacklevel=2,
             )
-        with new_folder(Path(folder)) as new:
+        with new_folder(room) as new:
             self._write_adapter(new)
 
     def _write_adapter(self, folder: Path) -> None:
@@ -252,12 +256,21 @@ class Expert:
 
 
 def check_name(name: str) -> str:
-    """Returns the name. Raises WhispersError for one that could not be a folder's, or is the base's own."""
-    if not isinstance(name, str) or not _NAME.fullmatch(name) or name == "base":
+    """Returns the name. Raises WhispersError for one that could not be a folder's, is the base's own, or a committee's file's."""
+    taken = isinstance(name, str) and (name == "base" or name.casefold() in (_COMMITTEE, ROUTER_FILE))
+    if not isinstance(name, str) or not _NAME.fullmatch(name) or taken:
         raise WhispersError(
-            f"expert name {name!r}: accepted are 1 to 64 of the characters A-Z a-z 0-9 _ . -, the first a letter or digit, and not 'base'"
+            f"expert name {name!r}: accepted are 1 to 64 of the characters A-Z a-z 0-9 _ . -, the first a letter or digit, and not "
+            f"'base', '{_COMMITTEE}' or '{ROUTER_FILE}'"
         )
     return name
+
+
+def _room_for(folder: Path, mark: str) -> Path:
+    """The folder, where nothing is there that writing it would lose but an older one, which holds the file `mark`."""
+    if (folder / mark).is_file() or not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return folder
+    raise WhispersError(f"{folder}: exists, and holds no {mark}; accepted: a new or empty folder, or one to replace")
 
 
 @dataclass(frozen=True)
@@ -306,7 +319,7 @@ class Committee:
         """Writes an expert into a committee's folder, which is made where it does not exist; an expert of that name is replaced.
 
         Raises:
-            WhispersError: the committee or the expert is for another base.
+            WhispersError: the committee or the expert is for another base, or something else has the expert's name in the folder.
         """
         folder = Path(folder)
         if expert.base not in (None, fingerprint):

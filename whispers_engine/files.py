@@ -22,12 +22,12 @@ def new_folder(target: Path) -> Iterator[Path]:
         yield new
         for path in new.iterdir():
             path.chmod(0o755 if path.is_dir() else 0o644)  # some writers make private files; results are not
-        if target.exists():
-            target.rename(old)
         try:
+            if target.exists():
+                target.rename(old)
             new.rename(target)
-        except BaseException:
-            if old.exists():
+        except BaseException:  # an interrupt comes after a rename as well as before it
+            if old.exists() and not target.exists():
                 old.rename(target)
             raise
     finally:
@@ -46,10 +46,6 @@ def new_file(target: Path) -> Iterator[Path]:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes indented JSON, whole or not at all."""
-    with tempfile.NamedTemporaryFile(
-        "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
-    ) as file:
-        json.dump(value, file, indent=2, ensure_ascii=False)
-        file.write("\n")
-    Path(file.name).chmod(0o644)  # temporary files are private; results are not
-    Path(file.name).replace(path)
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    with new_file(path) as new:
+        new.write_text(text, encoding="utf-8")

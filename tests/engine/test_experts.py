@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import re
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ import whispers_engine.experts as experts_module
 from tests.engine.conftest import Tiny, kv_prompt, soft_prompt, token_ids
 from tests.engine.oracle import oracle_logprobs
 from whispers_engine import Answer, Committee, Done, Engine, Expert, Finished, Request, SamplingParams, Token
+from whispers_engine.errors import WhispersError
 
 TOLERANCE = 1e-4
 CASES = [
@@ -129,8 +131,11 @@ def test_interrupted_save_keeps_the_old_one(
         assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 
-def test_interrupted_swap_keeps_the_old_one(llama: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The last moment to be interrupted: the old folder is out of the way, the new one not yet in its place."""
+@pytest.mark.parametrize("moment", ["behind the first rename", "before the second"])
+def test_interrupted_swap_keeps_the_old_one(
+    llama: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """The last moments to be interrupted: the old folder is out of the way, the new one not yet in its place."""
     old, new = (make_expert(llama, "embeddings", "prefix", seed=seed) for seed in (1, 2))
     old.save(tmp_path / "folder")
     before, rename = files(tmp_path), Path.rename
@@ -138,13 +143,51 @@ def test_interrupted_swap_keeps_the_old_one(llama: Tiny, tmp_path: Path, monkeyp
     def interrupted(self: Path, target: Path) -> Path:
         if self.name == "new":
             raise Halfway
-        return rename(self, target)
+        moved = rename(self, target)
+        if target.name == "old" and moment == "behind the first rename":
+            raise Halfway  # a signal is handled when the call of the system has returned
+        return moved
 
     monkeypatch.setattr(Path, "rename", interrupted)
     with pytest.raises(Halfway):
         new.save(tmp_path / "folder")
     assert files(tmp_path) == before
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+@pytest.mark.parametrize("way", ["save", "to_peft"])
+def test_what_is_no_expert_is_not_replaced(llama: Tiny, tmp_path: Path, way: str) -> None:
+    expert = make_expert(llama, "embeddings", "prefix")
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.txt").write_text("all of it")
+    (tmp_path / "notes.txt").write_text("some")
+    before = {path: path.read_text() for path in tmp_path.rglob("*") if path.is_file()}
+    for target in ("thesis", "notes.txt"):
+        with pytest.raises(WhispersError, match="exists, and holds no"):
+            getattr(expert, way)(tmp_path / target)
+    assert {path: path.read_text() for path in tmp_path.rglob("*") if path.is_file()} == before
+    (tmp_path / "empty").mkdir()
+    getattr(expert, way)(tmp_path / "empty")
+    assert torch.equal(Expert.from_peft(tmp_path / "empty", "expert").embeddings, expert.embeddings)
+
+
+@pytest.mark.parametrize("name", ["committee.json", "Committee.JSON", "router.safetensors", "README.md"])
+def test_an_expert_takes_no_other_files_name(llama: Tiny, tmp_path: Path, name: str) -> None:
+    first = make_expert(llama, "embeddings", "prefix", name="first")
+    Committee.add(tmp_path, first, "base", "print")
+    (tmp_path / "README.md").write_text("whose they are")
+    with pytest.raises(WhispersError, match=re.escape(name)):
+        Committee.add(tmp_path, make_expert(llama, "embeddings", "prefix", name=name), "base", "print")
+    assert [expert.name for expert in Committee.load(tmp_path).experts] == ["first"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "committee.json", "first"]
+
+
+def test_an_expert_keeps_its_values(llama: Tiny) -> None:
+    """Whatever becomes of the tensor that it was made of, such as an optimizer's step in place."""
+    values = torch.ones(3, llama.hidden)
+    expert = Expert("e", values)
+    values.mul_(-1)
+    assert bool((expert.embeddings == 1).all()) and expert.content_hash == Expert("e", -values).content_hash
 
 
 # --- PEFT ------------------------------------------------------------------------------------------------------------------------
