@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -43,6 +46,12 @@ class ChatEncoder:
         self._vocab_size = vocab_size
         self._encoded: dict[str, Any] = {}
         self._template_kwargs = {"enable_thinking": False, **(template_kwargs or {})}
+
+    @cached_property
+    def content_hash(self) -> str:
+        """Of all that a question's ids depend on beside its text: the tokenizer, the chat template and its settings."""
+        parts = [self.tokenizer.backend_tokenizer.to_str(), self.tokenizer.chat_template, self._template_kwargs]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
     def split(self, question: Question) -> tuple[list[int], list[int]]:
         """Returns `(context ids, header ids)`, neither of them empty, save a context whose only token had to become the header.

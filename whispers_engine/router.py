@@ -6,6 +6,7 @@ kind scores every token and adds up what they say; the other two score the mean 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from abc import ABC, abstractmethod
@@ -109,15 +110,26 @@ class Router(ABC):
         chosen = best[:top_k].softmax(0) if sure else torch.full_like(best[:top_k], 1 / len(best[:top_k]))
         return [(names[at], weight) for at, weight in zip(order.tolist(), chosen.tolist(), strict=False)]
 
+    @cached_property
+    def content_hash(self) -> str:
+        """Names the function: of the kind, the settings and the values."""
+        tensors, text = self._parts()
+        values = [(name, list(value.shape), value.numpy().tobytes().hex()) for name, value in sorted(tensors.items())]
+        return hashlib.sha256(json.dumps([text, values]).encode()).hexdigest()
+
     def save(self, folder: str | Path) -> None:
         """Writes `router.safetensors` into a committee's folder, whole or not at all."""
-        tensors = {name: value.contiguous() for name, value in self._fields().items() if isinstance(value, Tensor)}
-        meta = {name: value for name, value in self._fields().items() if not isinstance(value, Tensor | None)}
-        text = json.dumps({"kind": self.kind, "version": VERSION, **meta})
+        tensors, text = self._parts()
         partial = Path(folder) / f".{FILE}.partial"
         save_file(tensors, partial, metadata={_META: text})
         partial.chmod(0o644)  # temporary files are private; results are not
         partial.replace(Path(folder) / FILE)
+
+    def _parts(self) -> tuple[dict[str, Tensor], str]:
+        """Its tensors, and everything else as JSON."""
+        tensors = {name: value.contiguous() for name, value in self._fields().items() if isinstance(value, Tensor)}
+        meta = {name: value for name, value in self._fields().items() if not isinstance(value, Tensor | None)}
+        return tensors, json.dumps({"kind": self.kind, "version": VERSION, **meta})
 
     def _fields(self) -> dict[str, Any]:
         return {field.name: getattr(self, field.name) for field in fields(self)}

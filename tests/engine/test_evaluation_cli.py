@@ -20,6 +20,7 @@ from tests.engine.test_cli import Whispers, row
 from tests.engine.test_evaluation_rows import CULTURES, RECORDS, members, save, write
 from tests.engine.test_router import random_router
 from whispers_engine import Engine
+from whispers_engine.chat import ChatEncoder
 from whispers_engine.records import read_records
 
 whispers, committee, source = cli.whispers, rows.committee, rows.source  # fixtures
@@ -113,6 +114,16 @@ def test_a_rerun_computes_nothing_and_says_the_same(
     computed.clear()
     assert whispers(*everything).status == 0
     assert computed == [] and {path.name: path.read_bytes() for path in folder.iterdir()} == first
+
+
+def test_another_chat_template_computes_anew(
+    whispers: Whispers, everything: list[object], computed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert whispers(*everything).status == 0
+    first = list(computed)
+    computed.clear()
+    monkeypatch.setattr(ChatEncoder, "content_hash", "another")
+    assert whispers(*everything).status == 0 and computed == first
 
 
 def test_an_interrupted_run_goes_on(

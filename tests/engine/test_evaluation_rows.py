@@ -91,7 +91,7 @@ class Bench:
     def __init__(self, tiny: Tiny, cast: Cast, dataset: Dataset, tmp_path: Path, train: Dataset | None = None):
         engine = Engine(tiny.folder, page_size=8, kv_cache_tokens=8192)
         names = cast.engage(engine)
-        self.store = Store(tmp_path / "computed.jsonl", engine.fingerprint, "float32")
+        self.store = Store(tmp_path / "computed.jsonl", engine.fingerprint, engine.chat.content_hash, "float32")
         self.computer = Computer(engine, names, self.store)
         self.evaluation = Evaluation(self.computer, cast, dataset, train, [], Settings(top_k=2))
         self.evaluation.check()

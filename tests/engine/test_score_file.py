@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import math
@@ -20,7 +21,9 @@ import tests.engine.test_cli as cli
 import whispers_engine.cli.score as cli_score
 from tests.engine.conftest import Tiny, soft_prompt
 from tests.engine.test_cli import Ran, Whispers, files, row
+from tests.engine.test_router import random_router
 from whispers_engine import Committee, Engine, ScoreResult
+from whispers_engine.chat import ChatEncoder
 from whispers_engine.records import prompt, read_records
 
 whispers, committee, mine = cli.whispers, cli.committee, cli.mine  # fixtures: north, south and east
@@ -85,6 +88,8 @@ def test_lines(whispers: Whispers, source: Path, committee: Path, llama: Tiny) -
         "base": engine.fingerprint,
         "dtype": "float32",
         "experts": [{"name": e.name, "placement": e.placement, "content": e.content_hash} for e in want],
+        "weights": "equal",
+        "prompting": engine.chat.content_hash,
         "file": read_records(source).sha256,
     }
     assert len(lines) == len(RECORDS)
@@ -243,6 +248,9 @@ def test_what_was_begun_otherwise(
     south.save(mine / "south")
     Committee.add(mine, soft_prompt(llama, 4, 9, "north", "suffix"), "", Committee.load(mine).fingerprint)
     differs("the experts north had other values or another placement")
+    with monkeypatch.context() as patched:
+        patched.setattr(ChatEncoder, "content_hash", "another")
+        differs("its base had another tokenizer or chat template")
     source.write_text(source.read_text() + "\n")
     differs("its records were others", "the experts north")
     lines = want.splitlines(keepends=True)
@@ -253,6 +261,33 @@ def test_what_was_begun_otherwise(
     other = tmp_path / "other.jsonl"
     assert whispers("score", source, "--committee", mine, "--output", other).status == 0
     assert output.read_bytes() == want
+
+
+def test_what_another_router_weighed(whispers: Whispers, source: Path, mine: Path, llama: Tiny) -> None:
+    router = random_router(list(Committee.load(mine).experts), llama.hidden)
+    router.save(mine)
+    output = scored(whispers, source, mine)
+    want = output.read_bytes()
+    words = f"{output}: was begun otherwise: its experts' weights came from elsewhere"
+    refused(whispers("score", source, "--committee", mine, "--experts", "north,south,east"), words)
+    replace(router, temperature=2.0).save(mine)
+    refused(whispers("score", source, "--committee", mine), words)
+    replace(router, learned=router.learned.flip(0)).save(mine)
+    refused(whispers("score", source, "--committee", mine), words)
+    router.save(mine)
+    assert scored(whispers, source, mine).read_bytes() == output.read_bytes() == want
+
+
+def test_prompting_is_the_tokenizer_and_the_template(llama: Tiny) -> None:
+    chat = Engine(llama.folder).chat
+    other = copy.deepcopy(chat.tokenizer)
+    other.chat_template += "{# of many shores #}"
+    longer = copy.deepcopy(chat.tokenizer)
+    longer.add_tokens(["<more>"])
+    alike = ChatEncoder(chat.tokenizer, llama.vocab)
+    settings = ChatEncoder(chat.tokenizer, llama.vocab, {"enable_thinking": True})
+    encoders = [chat, settings, *(ChatEncoder(tokenizer, llama.vocab) for tokenizer in (other, longer))]
+    assert len({encoder.content_hash for encoder in encoders}) == 4 and alike.content_hash == chat.content_hash
 
 
 def damaged(lines: list[bytes]) -> dict[str, tuple[bytes, str]]:

@@ -93,7 +93,8 @@ def evaluate(
 
     engine = load_engine(model or cast.base_name, None, device=device, dtype=dtype, impl=impl)
     names = cast.engage(engine)
-    store = Store(folder / STORE, engine.fingerprint, str(engine.model.dtype).removeprefix("torch."))
+    dtype_name = str(engine.model.dtype).removeprefix("torch.")
+    store = Store(folder / STORE, engine.fingerprint, engine.chat.content_hash, dtype_name)
     evaluation = Evaluation(
         Computer(engine, names, store), cast, dataset, learned, asked, Settings(top_k, profile, resamples, seed)
     )

@@ -55,7 +55,7 @@ def score(
     engine = load_engine(model, committee, device=device, dtype=dtype, impl=impl)
     names = None if experts is None else [name.strip() for name in experts.split(",") if name.strip()]
     asked = engine.experts if names is None else names
-    lines = Lines(target, _header(engine, asked, source))
+    lines = Lines(target, _header(engine, names, source))
     summary = Summary()
     there = lines.read(len(source.records), summary)
     todo = source.records[there:]
@@ -73,11 +73,11 @@ def score(
         _show(found)
 
 
-def _header(engine: Engine, asked: Sequence[str], source: RecordFile) -> dict[str, Any]:
+def _header(engine: Engine, names: Sequence[str] | None, source: RecordFile) -> dict[str, Any]:
     """What the numbers depend on: lines that were made otherwise are not continued."""
     from whispers_engine.intake import BASE
 
-    members = [engine.expert(name) for name in asked]
+    members = [engine.expert(name) for name in (engine.experts if names is None else names)]
     return {
         "whispers": "score",
         "version": FORMAT,
@@ -87,6 +87,8 @@ def _header(engine: Engine, asked: Sequence[str], source: RecordFile) -> dict[st
             {"name": expert.name, "placement": expert.placement, "content": expert.content_hash} for expert in members
         ]
         or [{"name": BASE}],
+        "weights": "equal" if names is not None or engine.router is None else engine.router.content_hash,
+        "prompting": engine.chat.content_hash,
         "file": source.sha256,
     }
 
@@ -240,6 +242,10 @@ def _difference(key: str, found: Any, now: Any) -> str:
     """What differs, in words that a user can act on."""
     if key == "file":
         return "its records were others (the file has changed since)"
+    if key == "prompting":
+        return "its base had another tokenizer or chat template"
+    if key == "weights":
+        return "its experts' weights came from elsewhere (another router, or --experts)"
     if key == "experts" and isinstance(found, list) and all(isinstance(expert, dict) for expert in found):
         before, after = ([expert.get("name") for expert in experts] for experts in (found, now))
         if before != after:

@@ -21,22 +21,23 @@ Logprobs = NDArray[np.float32]
 class Store:
     """Numbers by what they depend on.
 
-    A question's key is a hash of the base, the dtype, the prompt and the options; an expert's is its placement and the hash of its values.
+    A question's key is a hash of the base, its prompting, the dtype, the prompt and the options; an expert's is its placement and the hash of its values.
     So whatever has the same key has the same numbers, from whichever file or committee it came. Lines are appended whole; a torn last
     one, of a machine that went down, is cut off.
 
     Args:
         path: the file; it may not exist yet.
         base: the base's fingerprint.
+        prompting: hash of what turns the prompt into token ids (`ChatEncoder.content_hash`).
         dtype: what is computed in.
 
     Raises:
         WhispersError: a line before the last that no evaluation wrote.
     """
 
-    def __init__(self, path: Path, base: str, dtype: str):
+    def __init__(self, path: Path, base: str, prompting: str, dtype: str):
         self._path = path
-        self._salt = [FORMAT, base, dtype]
+        self._salt = [FORMAT, base, prompting, dtype]
         self._logprobs: dict[tuple[str, str], Logprobs] = {}
         self._features: dict[tuple[str, str], NDArray[np.float32]] = {}
         self._seconds: dict[str, list[float]] = {}
