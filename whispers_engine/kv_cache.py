@@ -88,7 +88,7 @@ class PagePool:
 
     def read(self, pages: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Keys and values of pages, `[L, len(pages), page_size, Hkv, D]`, copies."""
-        at = torch.tensor(pages, device=self.k.device)
+        at = torch.tensor(pages, dtype=torch.long, device=self.k.device)  # of no pages it would be float
         return read_panels(self.k, self.v, at) if self._panels else (self.k[:, at], self.v[:, at])
 
     def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:

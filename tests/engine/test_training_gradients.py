@@ -124,6 +124,17 @@ def test_even_batches(llama: Tiny, kind: str, placement: str, m: int) -> None:
 
 
 @pytest.mark.parametrize(("kind", "placement"), CASES)
+def test_a_context_may_be_empty(tiny: Tiny, kind: str, placement: str) -> None:
+    """As a template without a system prompt or a role can leave it."""
+    cases: list[Case] = []
+    for context, header in ((0, 6), (0, 6), (9, 2)):
+        prompt, shares = make_prompt(tiny, "letters", context, header, seed=len(cases))
+        cases += [(Branch(expert, prompt), shares) for expert in range(3)]
+    check(tiny, kind, placement, cases[:3])
+    check(tiny, kind, placement, sorted(cases, key=lambda case: case[0].prompt.context))
+
+
+@pytest.mark.parametrize(("kind", "placement"), CASES)
 def test_loss_is_the_engines_score(llama: Tiny, kind: str, placement: str) -> None:
     engine = Engine(llama.folder, page_size=8, kv_cache_tokens=2048)
     base = Base.of(engine)

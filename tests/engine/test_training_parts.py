@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -186,6 +187,30 @@ def test_what_is_kept_is_the_latest_that_is_not_clearly_worse() -> None:
     assert nothing.look(0, []) and nothing.look(1, []) and nothing.active and nothing.loss is None
 
 
+@pytest.mark.parametrize(
+    "wrong", [[math.nan, 1.0], [math.inf, 1.0], [-math.inf, 1.0], [math.inf, -math.inf], [math.nan, math.nan]]
+)
+def test_losses_that_are_not_finite_are_above_all(wrong: list[float]) -> None:
+    watch = Watch(patience=2)
+    assert (
+        not watch.look(1, wrong) and watch.step == 0 and watch.loss is None
+    )  # nothing kept yet is no reason to keep it
+    assert watch.look(2, [0.5, 0.6]) and not watch.look(3, wrong)
+    assert (watch.step, watch.loss, watch.notes["lowest"]) == (2, pytest.approx(0.55), [0.5, 0.6])
+    assert (
+        watch.look(4, [0.4, 0.5]) and not watch.look(5, [0.7, 0.9]) and watch.active
+    )  # it goes on with what is finite
+    assert not watch.look(6, wrong) and not watch.active and not watch.broken and watch.step == 4
+
+
+def test_broken_weights_stop_at_once() -> None:
+    watch = Watch(patience=None)
+    assert watch.look(1, [0.5]) and not watch.broken
+    watch.stop_broken(2)
+    again = Watch(None, watch.notes)
+    assert again.broken and not again.active and (again.step, again.loss) == (1, 0.5)
+
+
 # --- contexts --------------------------------------------------------------------------------------------------------------------
 
 
@@ -285,6 +310,18 @@ def test_begins_from_vocabulary_by_seed(base: Base, tmp_path: Path) -> None:
     assert one.equal(same) and not one.equal(other) and not one[0].equal(one[1])
 
 
+def test_seeds_of_any_size(base: Base, tmp_path: Path) -> None:
+    cultures = build(base, tmp_path, opinions())
+    values = [
+        first_values(base, cultures, Settings(init="vocab", seed=seed), 6) for seed in (99999999999999, 10**30, 10**30)
+    ]
+    assert not values[0].equal(values[1]) and values[1].equal(values[2])
+    for number, value in enumerate(first_values(base, cultures, Settings(init="vocab", seed=7), 6)):
+        generator = torch.Generator().manual_seed(7 * 1_000_003 + number)
+        ids = torch.randint(base.config.vocab_size, (6,), generator=generator)
+        assert value.equal(F.embedding(ids, base.weights.embeddings))
+
+
 @pytest.mark.parametrize("placement", ["prefix", "detached"])
 def test_kv_begin_as_what_the_text_leaves_in_the_base(llama: Tiny, base: Base, tmp_path: Path, placement: str) -> None:
     """Before the first step a kv expert is the same function as the soft prompt that it starts from."""
@@ -333,6 +370,17 @@ def test_shared_prompts_learn_from_all(base: Base, tmp_path: Path) -> None:
             for nth, shares in enumerate(example.shares):
                 theirs = [one.shares[nth] for one in own if one.prompts == example.prompts]
                 assert shares == pytest.approx([sum(column) / len(theirs) for column in zip(*theirs, strict=True)])
+
+
+def test_free_answers_that_are_alike_stay_as_many_as_there_are(llama: Tiny, base: Base, tmp_path: Path) -> None:
+    """What most people answer is what a shared prompt is taught most."""
+    said = ["tea"] * 9 + ["rice"]
+    records = [{"question": "who?", "culture": f"c{at}", "answer": answer} for at, answer in enumerate(said)]
+    together = pooled([replace(culture, dev=culture.train) for culture in build(base, tmp_path, records)])
+    for part in (together.train, together.dev):
+        found = [llama.tokenizer.decode(example.prompts[0].options[0]) for example in part]
+        assert [found.count(f"{word}<|end|>") for word in ("tea", "rice")] == [9, 1]
+        assert all(example.shares == ((1.0,),) for example in part)
 
 
 def test_branches_of_one_context_need_not_be_of_one_prompt(llama: Tiny, base: Base) -> None:

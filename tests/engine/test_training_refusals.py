@@ -12,7 +12,7 @@ import tests.engine.test_cli as cli
 import whispers_engine.training.contexts as contexts
 from tests.engine.conftest import Bench, Tiny
 from tests.engine.test_cli import Whispers, row
-from tests.engine.test_training_run import answers, choices, opinions, write
+from tests.engine.test_training_run import answers, break_gradient, choices, opinions, write
 from whispers_engine import Committee, Engine, WhispersError
 from whispers_engine.training import Settings
 
@@ -62,6 +62,7 @@ def test_lines(whispers: Whispers, llama: Tiny, tmp_path: Path, line: str, messa
         (["--steps", "0"], "steps: 0; accepted: an integer, at least 1"),
         (["--batch", "0"], "batch: 0; accepted"),
         (["--rate", "nan"], "rate: nan; accepted"),
+        (["--clip", "0"], "clip: 0.0; accepted: a number above 0"),
         (["--warmup", "1.5"], "warmup: 1.5; accepted: a number from 0 to 1"),
         (["--virtual-tokens", "600"], "data.jsonl:1: takes"),
         (["--dtype", "float16"], "dtype: 'float16'; accepted to train in: auto, float32, bfloat16"),
@@ -101,6 +102,9 @@ def test_settings_by_themselves() -> None:
         Settings(steps=True)
     with pytest.raises(WhispersError, match="clip: -1; accepted: a number from 0"):
         Settings(clip=-1)
+    with pytest.raises(WhispersError, match="clip: 0; accepted: a number above 0, or None"):
+        Settings(clip=0)
+    assert Settings(clip=None).clip is None
 
 
 def test_command_line(whispers: Whispers, llama: Tiny, tmp_path: Path) -> None:
@@ -132,6 +136,18 @@ def test_command_line(whispers: Whispers, llama: Tiny, tmp_path: Path) -> None:
     assert engine.experts == ["north-shore", "south"] and engine.expert("south").placement == "detached"
     scored = whispers("score", write(tmp_path / "dev.jsonl", opinions()), "--committee", tmp_path / "two", "--json")
     assert scored.json()["records"] == 8
+
+
+def test_an_expert_that_broke_is_shown(
+    whispers: Whispers, llama: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    break_gradient(monkeypatch, 5, 1)
+    path = write(tmp_path / "data.jsonl", opinions())
+    line = ("train", path, "--model", llama.folder, "--steps", 6, "--virtual-tokens", 4, "--dev-share", 0)
+    ran = whispers(*line, "--out", tmp_path / "out", "--evaluate-every", 2)
+    assert ran.status == 0 and row(ran, "south")[3:5] == ["4", "4"] and row(ran, "north-shore")[3:5] == ["6", "6"]
+    assert "south: stopped, its weights were not finite after step 5; those of step 4 are written" in ran.out
+    assert "north-shore: stopped" not in ran.out
 
 
 def test_bench_train(bench: Bench, llama: Tiny) -> None:

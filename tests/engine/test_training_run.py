@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from tests.engine.conftest import Tiny, make_tiny
+from tests.engine.conftest import Tiny, make_tiny, soft_prompt
 from tests.engine.test_equivalence import CASES
 from whispers_engine import Committee, Engine, Expert, WhispersError
 from whispers_engine.records import read_records
-from whispers_engine.training import Base, Progress, Settings, Trained, train
+from whispers_engine.training import Base, Progress, Settings, Trained, checkpoint, train
+from whispers_engine.training.optimizer import AdamW
+from whispers_engine.training.sampler import Drawn
+from whispers_engine.training.step import Stepper
 
 ROOT = Path(__file__).parents[2]
 WORDS = ("rice", "bread", "tea", "shores", "people", "morning", "breakfast", "listen")
@@ -249,6 +256,171 @@ def test_other_settings_do_not_continue_a_run(base: Base, tmp_path: Path) -> Non
     (tmp_path / "out.training" / "state.safetensors").write_bytes(b"not this")
     with pytest.raises(WhispersError, match=r"state\.safetensors: not a checkpoint"):
         train(base, source, tmp_path / "out", Settings(**settings))
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        "{}",
+        "[]",
+        "null",
+        '"state"',
+        '{"version": 1, "key": null}',
+        '{"version": 1, "key": []}',
+        '{"version": 1, "key": {}}',
+    ],
+)
+def test_checkpoints_that_are_none(tmp_path: Path, head: str) -> None:
+    save_file({"value": torch.zeros(1)}, tmp_path / "state.safetensors", metadata={"state": head})
+    with pytest.raises(
+        WhispersError, match=r"state\.safetensors: not a checkpoint: .*; accepted: one that a training run"
+    ):
+        checkpoint.load(tmp_path, {"data": "x"})
+
+
+def test_another_folder_to_start_from_does_not_continue_a_run(llama: Tiny, base: Base, tmp_path: Path) -> None:
+    source = read_records(write(tmp_path / "data.jsonl", opinions()))
+    settings = Settings(steps=4, init=tmp_path / "init", checkpoint_seconds=0.0, dev_share=0.0)
+
+    def put(seed: int, m: int) -> None:
+        soft_prompt(llama, m, seed, "any", "suffix").save(tmp_path / "init")
+
+    def stop(now: Progress) -> None:
+        if now.step > 2:
+            raise Killed
+
+    put(1, 4)
+    whole = train(base, source, tmp_path / "whole", settings)
+    with pytest.raises(Killed):
+        train(base, source, tmp_path / "out", settings, stop)
+    for seed, m in ((2, 4), (1, 7)):
+        put(seed, m)
+        with pytest.raises(WhispersError, match=r"of a run with init_sha256 '\w+', and this one has '\w+'"):
+            train(base, source, tmp_path / "out", settings)
+    put(1, 4)
+    again = train(base, source, tmp_path / "out", settings)
+    assert all(a.embeddings.equal(b.embeddings) for a, b in zip(again.experts, whole.experts, strict=True))
+
+
+def test_another_chat_template_does_not_continue_a_run(
+    base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = read_records(write(tmp_path / "data.jsonl", opinions()))
+
+    def stop(now: Progress) -> None:
+        raise Killed
+
+    with pytest.raises(Killed):
+        train(base, source, tmp_path / "out", Settings(steps=3, virtual_tokens=4), stop)
+    monkeypatch.setitem(vars(base.chat), "content_hash", "another")
+    with pytest.raises(WhispersError, match=r"of a run with prompting '\w+', and this one has 'another'"):
+        train(base, source, tmp_path / "out", Settings(steps=3, virtual_tokens=4))
+
+
+def test_an_output_that_appeared_is_not_replaced(base: Base, tmp_path: Path) -> None:
+    source, out = read_records(write(tmp_path / "data.jsonl", opinions())), tmp_path / "out"
+    settings = Settings(steps=3, virtual_tokens=4)
+    whole = train(base, source, tmp_path / "whole", settings)
+
+    def appear(now: Progress) -> None:
+        out.mkdir(exist_ok=True)
+        (out / "thesis.txt").write_text("mine")
+
+    with pytest.raises(
+        WhispersError, match=r"out: appeared during the training, and is not replaced; accepted: the same"
+    ):
+        train(base, source, out, settings, appear)
+    assert [path.name for path in out.iterdir()] == ["thesis.txt"]
+    out.rename(tmp_path / "moved")
+    steps: list[Progress] = []
+    again = train(base, source, out, settings, steps.append)
+    assert not steps and not (tmp_path / "out.training").exists()  # all is done already
+    assert all(a.embeddings.equal(b.embeddings) for a, b in zip(again.experts, whole.experts, strict=True))
+    assert len(Committee.load(out).experts) == 2
+
+
+def break_gradient(monkeypatch: pytest.MonkeyPatch, at: int, expert: int, wrong: float = math.nan) -> None:
+    """One value of one expert's gradient, at one step from 1."""
+    right, calls = Stepper.gradient, itertools.count(1)
+
+    def gradient(self: Stepper, value: Tensor, drawn: Sequence[Drawn]) -> tuple[Tensor, Tensor]:
+        losses, found = right(self, value, drawn)
+        if next(calls) == at:
+            found[expert].view(-1)[0] = wrong
+        return losses, found
+
+    monkeypatch.setattr(Stepper, "gradient", gradient)
+
+
+@pytest.mark.parametrize(("kind", "placement"), [("embeddings", "suffix"), ("kv", "detached")])
+@pytest.mark.parametrize("dev_share", [0.0, 0.3])
+@pytest.mark.parametrize(("wrong", "clip"), [(math.nan, 1.0), (math.inf, 1.0), (-math.inf, None)])
+def test_a_gradient_that_is_not_finite_ends_one_expert_alone(
+    base: Base,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    placement: str,
+    dev_share: float,
+    wrong: float,
+    clip: float | None,
+) -> None:
+    source = read_records(write(tmp_path / "data.jsonl", opinions(12)))
+    settings = Settings(
+        steps=12, batch=3, virtual_tokens=4, kind=kind, placement=placement, dev_share=dev_share, evaluate_every=2,
+        patience=None, checkpoint_seconds=0.0, clip=clip,
+    )  # fmt: skip
+    whole = train(base, source, tmp_path / "whole", settings)
+    break_gradient(monkeypatch, 7, 0, wrong)
+    seen: list[Progress] = []
+
+    def progress(now: Progress) -> None:
+        seen.append(now)
+        if len(seen) == 9:
+            raise Killed
+
+    with pytest.raises(Killed):
+        train(base, source, tmp_path / "out", settings, progress)
+    trained = train(base, source, tmp_path / "out", settings, progress)
+    assert [now.active for now in seen][5:9] == [2, 1, 1, 1]
+    (broken, fine), (found, other) = trained.experts, trained.summary["experts"]
+    assert fine.embeddings.equal(whole.experts[1].embeddings) and fine.record == whole.experts[1].record
+    assert other == whole.summary["experts"][1] and other["broken_step"] is None
+    assert (found["steps"], found["broken_step"], broken.record["broken_step"]) == (6, 7, 7)
+    assert broken.record["curve"] == whole.experts[0].record["curve"][:3]
+    assert 0 < found["kept_step"] <= 6 and broken.embeddings.isfinite().all()
+    assert found["dev_loss"] == (broken.record["curve"][found["kept_step"] // 2 - 1]["dev"] if dev_share else None)
+    assert trained.summary["examples"] == 12 * 3 + 6 * 3
+    Committee.load(tmp_path / "out")
+
+
+def test_weights_that_are_not_finite(base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the latest look are the result: to the bit what a run of so many steps writes."""
+    how: dict[str, Any] = {"decay": "none", "warmup": 0.0, "evaluate_every": 3}
+    (tmp_path / "short").mkdir()
+    short = run(base, tmp_path / "short", opinions(), steps=3, **how)
+    right = AdamW.step
+
+    def step(self: AdamW, gradient: Tensor, rate: float, step: int, active: Tensor) -> None:
+        right(self, gradient, rate, step, active)
+        if step == 4:
+            self.value[1, 0, 0] = math.inf
+
+    monkeypatch.setattr(AdamW, "step", step)
+    trained = run(base, tmp_path, opinions(), steps=9, **how)
+    found = trained.summary["experts"][1]
+    assert (found["steps"], found["kept_step"], found["broken_step"]) == (4, 3, 5)
+    assert trained.experts[1].embeddings.equal(short.experts[1].embeddings)
+
+
+def test_an_expert_of_which_nothing_is_left_is_named(
+    base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    break_gradient(monkeypatch, 1, 1)
+    for _ in range(2):  # the second from the checkpoint
+        with pytest.raises(WhispersError, match=r"^south: no weights to keep, losses or gradients were not finite"):
+            run(base, tmp_path, opinions(), steps=4)
+    assert not (tmp_path / "out").exists()
 
 
 def test_bfloat16_learns_too(llama: Tiny, tmp_path: Path) -> None:

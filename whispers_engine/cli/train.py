@@ -46,7 +46,7 @@ def train(
     decay: Annotated[
         str, typer.Option("--decay", help="How it falls to zero then: linear, cosine or none.")
     ] = "linear",
-    clip: Annotated[float, typer.Option("--clip", help="The largest norm of an expert's gradient.")] = 1.0,
+    clip: Annotated[float, typer.Option("--clip", help="The largest norm of an expert's gradient, above 0.")] = 1.0,
     weight_decay: Annotated[float, typer.Option("--weight-decay", help="As AdamW's.")] = 0.0,
     dev_share: Annotated[
         float,
@@ -146,6 +146,14 @@ def _show(target: Path, found: dict[str, Any]) -> None:
         counts = [str(expert[key]) for key in ("train", "dev", "steps", "kept_step")]
         table.add_row(expert["name"], *counts, *("" if loss is None else f"{loss:.4f}" for loss in losses))
     out.print(table)
+    for expert in found["experts"]:
+        if expert["broken_step"] is not None:
+            out.print(
+                f"{expert['name']}: stopped, its weights were not finite after step {expert['broken_step']}; "
+                f"those of step {expert['kept_step']} are written",
+                style="yellow",
+                soft_wrap=True,
+            )
     out.print(
         f"{found['examples']} examples in {found['seconds']:.0f} s, {found['contexts']} contexts computed, {found['dtype']}",
         style="dim",

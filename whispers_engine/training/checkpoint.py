@@ -57,12 +57,13 @@ def load(folder: Path, key: dict[str, Any]) -> State | None:
         with safe_open(path, framework="pt") as file:
             head = json.loads(file.metadata()["state"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        found = {"version": head.get("version"), **head["key"]}
+        state = State(head["key"], head["phase"], head["step"], tensors, head["notes"])
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise WhispersError(
             f"{path}: not a checkpoint: {error}; accepted: one that a training run wrote, or none"
         ) from error
     key = json.loads(json.dumps({"version": VERSION, **key}))
-    found = {"version": head.get("version"), **head["key"]}
     other = [name for name in key if found.get(name) != key[name]]
     if other:
         name = other[0]
@@ -70,4 +71,4 @@ def load(folder: Path, key: dict[str, Any]) -> State | None:
             f"{path}: of a run with {name} {found.get(name)!r}, and this one has {key[name]!r}; accepted: the same command again, or "
             f"{folder} removed"
         )
-    return State(head["key"], head["phase"], head["step"], tensors, head["notes"])
+    return state

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import WhispersError
 from .checkpoint import State
 from .examples import Culture
 from .optimizer import AdamW, rate_factor
@@ -87,20 +89,27 @@ class Phase:
         self._dev = sorted(held_out, key=lambda item: (item[2].prompt.context, item[0], item[1]))
 
     def run(self) -> Tensor:
-        """Takes the steps that are left; returns the soft prompts that are kept."""
+        """Takes the steps that are left; returns the soft prompts that are kept.
+
+        Raises:
+            WhispersError: names the experts of which none are, since nothing was finite at any look.
+        """
         settings, state, notes = self._settings, self._state, self._notes
         saved, dev = time.monotonic(), None
         while state.step < self._steps and any(active := [watch.active for watch in self._watches]):
-            drawn = self._sampler.next(active)
+            drawn = self._sampler.next([watch.active or watch.broken for watch in self._watches])
             losses, gradient = self._stepper.gradient(self._optimizer.value, drawn)
             rate = settings.rate * rate_factor(state.step, self._steps, settings.warmup, settings.decay)
             self._optimizer.step(gradient, rate, state.step, torch.tensor(active, device=gradient.device))
-            for one, loss in zip(drawn, losses.tolist(), strict=True):
-                notes["losses"][one.expert][0] += loss
-                notes["losses"][one.expert][1] += 1
-            notes["examples"] += len(drawn)
-            notes["taken"] = [taken + on for taken, on in zip(notes["taken"], active, strict=True)]
             state.step += 1
+            self._stop_broken()
+            active = [watch.active for watch in self._watches]
+            for one, loss in zip(drawn, losses.tolist(), strict=True):
+                if active[one.expert]:
+                    notes["losses"][one.expert][0] += loss
+                    notes["losses"][one.expert][1] += 1
+                    notes["examples"] += 1
+            notes["taken"] = [taken + on for taken, on in zip(notes["taken"], active, strict=True)]
             if state.step % self._every == 0 or state.step == self._steps:
                 dev = self._look()
             if self._progress is not None:
@@ -110,11 +119,30 @@ class Phase:
                 self._keep()
                 saved = time.monotonic()
         self._keep()
+        lost = [culture.expert for culture, watch in zip(self._cultures, self._watches, strict=True) if not watch.step]
+        if lost:
+            raise WhispersError(
+                f"{', '.join(lost)}: no weights to keep, losses or gradients were not finite from the beginning; "
+                "accepted: other settings (a lower rate, say), or experts without these"
+            )
         return self._kept
+
+    def _stop_broken(self) -> None:
+        """Stops who has weights that are not finite, which a gradient that is not finite always leaves.
+
+        Its rows are still computed, with the weights that are kept: with fewer rows the others' sums could be rounded
+        otherwise, and what they become must not depend on it.
+        """
+        optimizer = self._optimizer
+        for expert, finite in enumerate(optimizer.value.isfinite().flatten(1).all(dim=1).tolist()):
+            if not finite:
+                self._watches[expert].stop_broken(self._state.step)
+                optimizer.value[expert] = self._kept[expert]
+                optimizer.first[expert] = optimizer.second[expert] = 0.0
 
     def _look(self) -> float | None:
         """Notes every expert's losses, on what is held out too, and keeps its weights where they are worth it."""
-        drawn = [item for item in self._dev if self._watches[item[0]].active]
+        drawn = [item for item in self._dev if self._watches[item[0]].active or self._watches[item[0]].broken]
         found: list[dict[int, float]] = [{} for _ in self._cultures]
         if drawn:
             losses = self._stepper.losses(self._optimizer.value, [one for _, _, one in drawn]).tolist()
@@ -131,7 +159,7 @@ class Phase:
             point = {
                 "step": self._state.step,
                 "train": total / max(1, count),
-                "dev": sum(dev) / len(dev) if dev else None,
+                "dev": sum(dev) / len(dev) if dev and all(map(math.isfinite, dev)) else None,
             }
             self._notes["curves"][expert].append(point)
         known = [curve[-1]["dev"] for curve in self._notes["curves"] if curve and curve[-1]["dev"] is not None]

@@ -49,7 +49,8 @@ def first_values(base: Base, cultures: Sequence[Culture], settings: Settings, m:
             ids = base.chat.encode(TEXT.format(culture=culture.name.replace("_", " ")))
             ids = (ids * -(-m // len(ids)))[:m]
         else:
-            generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + number)
+            # PyTorch takes seeds of 64 bits.
+            generator = torch.Generator().manual_seed((settings.seed * 1_000_003 + number) % 2**64)
             ids = torch.randint(base.config.vocab_size, (m,), generator=generator).tolist()
         values.append(F.embedding(torch.tensor(ids, device=base.device), base.weights.embeddings))
     if settings.kind == "kv":

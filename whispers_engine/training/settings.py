@@ -29,7 +29,7 @@ class Settings:
         rate: the largest learning rate.
         warmup: the share of the steps in which the rate rises.
         decay: how it falls to zero after that: "linear", "cosine", or "none".
-        clip: the largest norm of an expert's gradient; None: any.
+        clip: the largest norm of an expert's gradient, above 0; None: any.
         weight_decay: decoupled, as AdamW's.
         dev_share: the share of the questions that is held out to stop by.
         evaluate_every: steps between looks at what is held out; None: a tenth of the steps.
@@ -97,3 +97,5 @@ class Settings:
         ):
             if real is not None and not (isinstance(real, int | float) and low <= real <= high and real != math.inf):
                 raise WhispersError(f"{name}: {real!r}; accepted: a number from {low:g} to {high:g}")
+        if self.clip == 0:  # of a gradient cut to nothing, nothing is learned
+            raise WhispersError(f"clip: {self.clip!r}; accepted: a number above 0, or None")

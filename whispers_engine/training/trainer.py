@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 import shutil
 import time
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from ..errors import WhispersError
 from ..experts import Committee, Expert
@@ -58,7 +60,8 @@ def train(
         progress: called after every step.
 
     Raises:
-        WhispersError: anything that is refused, before any work: an `out` that exists, records that do not fit, a culture without examples.
+        WhispersError: anything that is refused, before any work: an `out` that exists, records that do not fit, a culture without examples;
+            after it, an `out` that exists by then, and experts of which no finite weights are left.
     """
     settings = Settings() if settings is None else settings
     base = base if isinstance(base, Base) else Base.of(base)
@@ -67,6 +70,11 @@ def train(
         raise WhispersError(f"{out}: exists; accepted: a folder that does not")
     run = _Run(base, source, out, settings, progress)
     trained = run.result()
+    if out.exists():
+        raise WhispersError(
+            f"{out}: appeared during the training, and is not replaced; accepted: the same command again "
+            f"once it is moved away, which finishes at once from {run.folder}"
+        )
     with new_folder(out) as new:
         for expert in trained.experts:
             Committee.add(new, expert, base.name, base.fingerprint)
@@ -98,8 +106,8 @@ class _Run:
         own = [("experts", self._cultures, settings.steps)] if settings.steps else []
         self._phases: list[tuple[str, list[Culture], int]] = [*shared, *own]
         first = first_values(base, self._phases[0][1], settings, self._m)
-        key = self._key()
-        self._state = checkpoint.load(self.folder, key) or State(key, tensors={"value": first})
+        self._key = self._key_of(first)
+        self._state = checkpoint.load(self.folder, self._key) or State(self._key, tensors={"value": first})
         self.folder.mkdir(parents=True, exist_ok=True)
         memory = _context_memory(base.device) if settings.context_memory is None else settings.context_memory
         self._store = ContextStore(base, memory, self.folder)
@@ -120,16 +128,20 @@ class _Run:
             seed=settings.seed,
         )
 
-    def _key(self) -> dict[str, Any]:
+    def _key_of(self, first: Tensor) -> dict[str, Any]:
+        """Of everything that the result depends on; `first`: what the soft prompts start from."""
         settings = {
             name: str(value) if isinstance(value, Path) else value
             for name, value in dataclasses.asdict(self._settings).items()
             if name not in _FREE
         }
+        if str(self._settings.init) not in INITS:  # what a folder holds can change while its name does not
+            settings["init_sha256"] = hashlib.sha256(first.cpu().numpy().tobytes()).hexdigest()
         device = self._base.device.type
         return {
             "data": self._source.sha256,
             "base": self._base.fingerprint,
+            "prompting": self._base.chat.content_hash,
             "dtype": str(self._base.dtype).removeprefix("torch."),
             "device": device,
             **settings,
@@ -168,10 +180,11 @@ class _Run:
         return {
             "data": {"file": self._source.path.name, "sha256": self._source.sha256, "licence": self._settings.licence},
             "examples": {"train": len(culture.train), "dev": len(culture.dev)},
-            "settings": {**self._key(), "virtual_tokens": self._m},
+            "settings": {**self._key, "virtual_tokens": self._m},
             "steps": phase["taken"][index],
             "kept_step": phase["watches"][index]["step"],
             "dev_loss": phase["watches"][index]["loss"],
+            "broken_step": phase["watches"][index]["broken_step"],
             "curve": phase["curves"][index],
             **({"shared_curve": notes["shared"]["curves"][0]} if "shared" in notes else {}),
         }
@@ -189,6 +202,7 @@ class _Run:
                 "first_loss": phase["curves"][index][0]["train"],
                 "last_loss": phase["curves"][index][-1]["train"],
                 "dev_loss": phase["watches"][index]["loss"],
+                "broken_step": phase["watches"][index]["broken_step"],
             }
             for index, culture in enumerate(self._phases[-1][1])
         ]
