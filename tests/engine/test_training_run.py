@@ -307,14 +307,17 @@ def test_another_chat_template_does_not_continue_a_run(
 ) -> None:
     source = read_records(write(tmp_path / "data.jsonl", opinions()))
 
+    settings = Settings(steps=3, virtual_tokens=4, checkpoint_seconds=0.0)
+
     def stop(now: Progress) -> None:
-        raise Killed
+        if now.step > 1:
+            raise Killed
 
     with pytest.raises(Killed):
-        train(base, source, tmp_path / "out", Settings(steps=3, virtual_tokens=4), stop)
+        train(base, source, tmp_path / "out", settings, stop)
     monkeypatch.setitem(vars(base.chat), "content_hash", "another")
     with pytest.raises(WhispersError, match=r"of a run with prompting '\w+', and this one has 'another'"):
-        train(base, source, tmp_path / "out", Settings(steps=3, virtual_tokens=4))
+        train(base, source, tmp_path / "out", settings)
 
 
 def test_an_output_that_appeared_is_not_replaced(base: Base, tmp_path: Path) -> None:
