@@ -53,6 +53,7 @@ def fit_router(
 
     Args:
         examples: every expert without an example of its culture stays unknown to the router; examples without a culture teach the gate.
+            Of those that concern an expert's culture there are two an expert at least, on the average.
         kind: "token", by what every token says; "linear", a least-squares fit to the mean state; "centroid", the paper's rule.
         layer: of the base, 0 to its number of layers; None: the best for the shipped base, a little above the middle for the token
             kind, four fifths of the way up for the others.
@@ -62,8 +63,8 @@ def fit_router(
             examples seek out what is little known.
 
     Raises:
-        WhispersError: another kind, a layer that is not there, a culture that no expert speaks for, too few examples, or a calibration
-            that concerns no expert, asks what an example asks, or is for another kind.
+        WhispersError: another kind, a layer that is not there, a culture that no expert speaks for or, with examples, several, too few
+            examples, or a calibration that concerns no expert, asks what an example asks, or is for another kind.
     """
     if kind not in KINDS:
         raise WhispersError(f"router: kind {kind!r}; accepted: {', '.join(KINDS)}")
@@ -78,13 +79,22 @@ def fit_router(
             )
     named = {example.culture for example in examples}
     known = [expert for expert in experts if (expert.culture or expert.name) in named]
-    if len(known) < 2 or len(examples) < 2 * len(known):
+    of: dict[str, str] = {}
+    for expert in known:
+        culture = expert.culture or expert.name
+        if culture in of:
+            raise WhispersError(
+                f"router: the experts {of[culture]!r} and {expert.name!r} both speak for {culture!r}; accepted: one expert a culture "
+                "that examples concern"
+            )
+        of[culture] = expert.name
+    concerned = sum(example.culture in of for example in examples)
+    if len(known) < 2 or concerned < 2 * len(known):
         raise WhispersError(
-            f"router: {len(examples)} examples for {len(known)} experts; accepted: two an expert on the average, for two experts at least"
+            f"router: {concerned} examples that concern the cultures of {len(known)} experts; accepted: two an expert on the average, "
+            "for two experts at least"
         )
-    mine = [
-        example for example in calibration if example.culture in {expert.culture or expert.name for expert in known}
-    ]
+    mine = [example for example in calibration if example.culture in of]
     if calibration and (kind != "token" or not mine):
         raise WhispersError(
             f"router: a calibration of {len(mine)} questions that concern an expert, for the kind {kind!r}; accepted: one at least, "
@@ -288,12 +298,14 @@ def _fit_and_hold_out(kind: str, features: Tensor, targets: Tensor) -> tuple[Ten
     """What it learns from all, and the scores `[examples, experts]` of every example by what was learned without its fold.
 
     Folds go by an example's place among those of its expert: where every culture has the same questions in the same order, the same
-    question about another culture is held out too.
+    question about another culture is held out too. Where a fold holds all there is, nothing is left to learn from: its scores are 0.
     """
     fold = ((targets.cumsum(0) - 1) * targets).sum(1).long() % _FOLDS
-    scores = torch.empty_like(targets)
+    scores = torch.zeros_like(targets)
     for index in range(_FOLDS):
         out = fold == index
+        if bool(out.all()):
+            break
         scores[out] = _mean_kind(kind).rule(features[out], _fit(kind, features[~out], targets[~out]))
     return _fit(kind, features, targets), scores.double()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import warnings
 
 import numpy as np
 import pytest
@@ -67,6 +68,14 @@ def test_accuracy_and_ties() -> None:
 
 def test_skill() -> None:
     assert skill(np.array([0.75, 0.5, 0.25]), np.array([0.5, 0.5, 0.5])).tolist() == [0.5, 0.0, -0.5]
+
+
+def test_there_is_no_skill_where_guessing_is_perfect() -> None:
+    """Of questions with one option: no number, and nothing on stderr."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = skill(np.array([1.0, 0.5, 0.75, np.nan]), np.array([1.0, 1.0, 0.5, np.nan]))
+    assert found[2] == 0.5 and np.isnan(found[[0, 1, 3]]).all()
 
 
 def test_calibration_by_hand() -> None:

@@ -141,6 +141,44 @@ def test_records_of_one_fact_are_one_cluster(tmp_path: Path) -> None:
     assert [item.cluster for item in dataset.items] == [0, 0, 1]
 
 
+@pytest.mark.parametrize(
+    "asked, want",
+    [
+        ([("Q", "z1"), ("Q", "z2")], [0, 0]),
+        ([("Q", "z"), ("Q", None)], [0, 0]),
+        ([("Q", None), ("Q", "z")], [0, 0]),
+        ([("Q", "z"), ("R", "z"), ("R", "y")], [0, 0, 0]),
+        ([("Q", "x"), ("R", "y"), ("S", "y"), ("T", None), ("S", "x")], [0, 0, 0, 1, 0]),
+        ([("Q", "R"), ("R", None)], [0, 1]),  # a fact that reads like a question is none
+    ],
+)
+def test_clusters_are_linked_by_text_and_fact(
+    tmp_path: Path, asked: list[tuple[str, str | None]], want: list[int]
+) -> None:
+    records = [
+        {"question": text, "fact": fact, "options": ["yes", f"no {at}"], "answer": {"Japan": 0}}
+        for at, (text, fact) in enumerate(asked)
+    ]
+    dataset = make_dataset(read_records(write(tmp_path / "x.jsonl", records)), None)
+    found = {item.record.line: item.cluster for item in dataset.items}
+    assert [found[line] for line in sorted(found)] == want and dataset.clusters == max(want) + 1
+
+
+def test_records_that_are_not_measured_link_too(tmp_path: Path) -> None:
+    def record(text: str, fact: str, culture: str) -> dict[str, Any]:
+        return {"question": text, "fact": fact, "options": ["yes", "no"], "answer": {culture: 0}}
+
+    records = [record("Q", "x", "Japan"), record("R", "y", "Japan")]
+    for links in (
+        [record("S", "x", "Chad"), record("S", "y", "Peru")],  # one question in two lines
+        [record("Q", "y", "Chad")],
+    ):
+        source = read_records(write(tmp_path / "x.jsonl", [*records, *links]))
+        assert [item.cluster for item in make_dataset(source, ["Japan"]).items] == [0, 0]
+    source = read_records(write(tmp_path / "x.jsonl", [*records, record("S", "x", "Chad")]))
+    assert [item.cluster for item in make_dataset(source, ["Japan"]).items] == [0, 1]
+
+
 def test_aliases(source: Path) -> None:
     dataset = make_dataset(read_records(source), ["Tchad"], {"Chad": "Tchad"})
     assert dataset.cultures == ("Tchad",) and "Tchad" in dataset.items[0].targets
@@ -364,4 +402,9 @@ def test_questions_for_the_router(tmp_path: Path) -> None:
     write(path, lines)
     with pytest.raises(WhispersError, match=r"asked.jsonl:1: is no question of that kind"):
         read_asked(path, {}, neutral=True)
+    for culture in ("", " "):
+        write(path, [lines[2], {"question": "a", "culture": culture}])
+        for neutral in (False, True):
+            with pytest.raises(WhispersError, match=r"asked.jsonl:2: is no question of that kind"):
+                read_asked(path, {}, neutral=neutral)
     assert BASE == "base"

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.engine.conftest import Tiny
+from tests.engine.conftest import Tiny, soft_prompt
 from tests.engine.test_router import make_engine
 from whispers_engine import WhispersError
 from whispers_engine.router import CentroidRouter, TokenRouter, floored
 from whispers_engine.router_examples import ANY, Example, read_examples
-from whispers_engine.router_fit import calibrate_floor, fit_router
+from whispers_engine.router_fit import calibrate_floor, fit_features, fit_router
 
 WORDS = {"e0": "rice", "e1": "bread", "e2": "tea"}
 
@@ -103,7 +103,7 @@ def test_what_cannot_be_fitted_is_refused(llama: Tiny, tmp_path: Path) -> None:
         (examples(), "deep", None, "kind 'deep'; accepted: token, centroid, linear"),
         (examples(), "linear", 9, "layer: 9"),
         ([*examples(), Example("x", "Atlantis")], "linear", None, "'Atlantis'; accepted: e0"),
-        (examples()[:4], "linear", None, "4 examples for 1 experts"),
+        (examples()[:4], "linear", None, "4 examples that concern the cultures of 1 experts"),
     ):
         with pytest.raises(WhispersError, match=message):
             fit_router(engine, given, kind, layer)
@@ -130,3 +130,42 @@ def test_what_cannot_be_fitted_is_refused(llama: Tiny, tmp_path: Path) -> None:
             read_examples(path)
     with pytest.raises(WhispersError, match="cannot be read"):
         read_examples(tmp_path / "none.jsonl")
+
+
+@pytest.mark.parametrize("kind", ["token", "linear", "centroid"])
+@pytest.mark.parametrize("culture", ["bakers", "e0"])  # e0: another expert's name, and it speaks for itself
+def test_two_experts_of_one_culture_are_refused(
+    llama: Tiny, monkeypatch: pytest.MonkeyPatch, kind: str, culture: str
+) -> None:
+    engine = make_engine(llama)
+    for seed, name in enumerate(["apart"] if culture == "e0" else ["apart", "again"]):
+        engine.add_expert(replace(soft_prompt(llama, 3, 90 + seed, name, "suffix"), culture=culture))
+    fit_router(engine, examples()[4:], kind, layer=1)  # no example concerns the culture: both stay unknown
+    for read in ("read", "read_tokens"):
+        monkeypatch.setattr(engine, read, lambda *_: pytest.fail("read before it was refused"))
+    given = [*examples()[4:], Example("bread and tea", culture), Example("we eat bread and tea", culture)]
+    both = "'e0' and 'apart'" if culture == "e0" else "'apart' and 'again'"
+    with pytest.raises(WhispersError, match=f"{both} both speak for '{culture}'; accepted: one expert a culture"):
+        fit_router(engine, given, kind, layer=1)
+
+
+@pytest.mark.parametrize("kind", ["token", "linear", "centroid"])
+def test_examples_that_concern_no_expert_do_not_count(llama: Tiny, kind: str) -> None:
+    few = [Example("rice", "e0"), Example("bread", "e1")]
+    more = [Example("x", ANY), *(Example(f"{n} {n}", None) for n in range(8))]
+    with pytest.raises(
+        WhispersError, match="2 examples that concern the cultures of 2 experts; accepted: two an expert"
+    ):
+        fit_router(make_engine(llama), [*few, *more], kind, layer=1)
+    uneven = [*few, Example("rice for breakfast", "e0"), Example("we eat rice", "e0")]
+    assert fit_router(make_engine(llama), [*uneven, *more], kind, layer=1).router.learned.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["linear", "centroid"])
+def test_a_fold_that_holds_all_leaves_nothing_to_learn_from(llama: Tiny, kind: str) -> None:
+    engine = make_engine(llama)
+    known = [engine.expert(name) for name in WORDS]
+    one_each = [Example(word, name) for name, word in WORDS.items()]
+    features = torch.randn(3, llama.hidden, generator=torch.Generator().manual_seed(1))
+    fitted = fit_features(known, one_each, features, features, kind, 1)
+    assert fitted.router.learned.isfinite().all()

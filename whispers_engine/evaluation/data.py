@@ -29,7 +29,7 @@ class Item:
     Attributes:
         record: the line that it is from (the first of them).
         form: "dist" or "answer".
-        cluster: items of the same question text, or of the same `fact` where the records name one, have the same.
+        cluster: items of the same question text or the same `fact` have the same, and so have those that others link in this way.
         prompt, options: what is asked and what is scored.
         targets: every culture's shares, float64 `[options]`, summing to one; 1 at its answer.
         names: what of the culture the question names ("country", "city"), where the record says so.
@@ -157,16 +157,36 @@ def make_dataset(
         raise WhispersError(
             f"{source.path}: no record has a text called {by!r}; accepted by --by: a key that some have"
         )
-    clusters, items = dict[str, int](), []
+    alike, clusters, items = _alike(source, facts), dict[str, int](), []
     for (form, question, _), lines in groups.items():
         for record, targets in lines:
             if any(name in targets for name in wanted):
-                cluster = clusters.setdefault(facts.get(record.line, question), len(clusters))
+                cluster = clusters.setdefault(alike[question], len(clusters))
                 asked, options = prompt(record)
                 more = (names.get(record.line), parts.get(record.line, "other"))
                 items.append(Item(record, form, cluster, asked, tuple(options), targets, *more))
     left_out = {name: counts[name] for name in sorted(counts) if name not in wanted}
     return Dataset(source, tuple(items), tuple(wanted), left_out)
+
+
+def _alike(source: RecordFile, facts: Mapping[int, str]) -> dict[str, str]:
+    """Each question text's stand-in: the same for all that records of one fact link, directly or through others.
+
+    Args:
+        facts: by line. All records link, also those whose answers are not measured or that are one question with another record.
+    """
+    above = {record.question: record.question for record in source.records}
+
+    def top(question: str) -> str:
+        while above[question] != question:
+            question = above[question] = above[above[question]]
+        return question
+
+    first: dict[str, str] = {}  # the question of each fact that is met first
+    for record in source.records:
+        if record.line in facts:
+            above[top(record.question)] = top(first.setdefault(facts[record.line], record.question))
+    return {question: top(question) for question in above}
 
 
 def _targets(record: Record, aliases: Aliases) -> dict[str, Floats]:
@@ -235,8 +255,9 @@ def read_asked(path: Path, aliases: Aliases, neutral: bool) -> list[Asked]:
         try:
             value = json.loads(line)
             question, culture, names = value["question"], value.get("culture"), value.get("names")
-            right = isinstance(question, str) and question.strip() and isinstance(culture, str | None)
-            right = right and not (neutral and culture is not None)
+            right = isinstance(question, str) and bool(question.strip())
+            if culture is not None:
+                right = right and isinstance(culture, str) and bool(culture.strip()) and not neutral
         except (ValueError, TypeError, KeyError, AttributeError):
             right = False
         if not right:
@@ -244,7 +265,7 @@ def read_asked(path: Path, aliases: Aliases, neutral: bool) -> list[Asked]:
         if value.get("split") == "train":
             continue
         known = names if isinstance(names, str) and names and culture is not None else None
-        found.append(Asked(question, aliases.get(culture, culture) if culture else None, known))
+        found.append(Asked(question, None if culture is None else aliases.get(culture, culture), known))
     if not found:
         raise WhispersError(
             f"{path}: holds no question to ask; accepted: one JSON object a line, not all of the split 'train'"

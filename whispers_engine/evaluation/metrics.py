@@ -48,8 +48,12 @@ def accuracy(p: Floats, answer: Floats, chosen: NDArray[np.int64] | None = None)
 
 
 def skill(score: Floats, uniform: Floats) -> Floats:
-    """How much of the way from guessing to perfection: 0 for a score that is uniform's, 1 for a perfect one."""
-    return (score - uniform) / (1 - uniform)
+    """How much of the way from guessing to perfection: 0 for a score that is uniform's, 1 for a perfect one; NaN where guessing is perfect.
+
+    Args:
+        score, uniform: float64 of one shape.
+    """
+    return np.divide(score - uniform, 1 - uniform, out=np.full_like(score, np.nan), where=uniform < 1)
 
 
 @dataclass(frozen=True)

@@ -105,17 +105,19 @@ def build_cultures(
 
 
 def pooled(cultures: Sequence[Culture]) -> Culture:
-    """All of them as one. A record that several answer is one example, with the mean of their shares: a cross-entropy is linear in
-    what is wanted, so its gradient is the mean of theirs, for the cost of one."""
+    """All of them as one. A record whose options several choose among is one example, with the mean of their shares: a cross-entropy is
+    linear in what is wanted, so its gradient is the mean of theirs, for the cost of one. Free answers stay as many as there are: merged,
+    one that nine gave would be drawn no more often than one that a tenth gave."""
     train = _merged(example for culture in cultures for example in culture.train)
     dev = _merged(example for culture in cultures for example in culture.dev)
     return Culture("all cultures", "shared", train, dev)
 
 
 def _merged(examples: Iterable[Example]) -> tuple[Example, ...]:
-    same: dict[tuple[Prompt, ...], list[Example]] = {}
-    for example in examples:
-        same.setdefault(example.prompts, []).append(example)
+    same: dict[tuple[int, tuple[Prompt, ...]], list[Example]] = {}
+    for at, example in enumerate(examples):
+        own = 0 if example.prompts[0].compete else 1 + at  # of free answers each has a place of its own
+        same.setdefault((own, example.prompts), []).append(example)
     return tuple(
         Example(
             several[0].question,
@@ -125,7 +127,7 @@ def _merged(examples: Iterable[Example]) -> tuple[Example, ...]:
                 for shares in zip(*(one.shares for one in several), strict=True)
             ),
         )
-        for prompts, several in same.items()
+        for (_, prompts), several in same.items()
     )
 
 
