@@ -40,11 +40,8 @@ SWEEP = ("bench", "kernels", "--impl", "triton", *CUDA)
 STEPS = ("bench", "throughput", "--impl", "triton", *CUDA)
 FLEX_SHAPES = ("--heads", "llama-8b", "--experts", "8,64")
 UNCOMPILED = ("--peers", "transformers,transformers-static")
-DTYPES = (
-    "float32",
-    "bfloat16",
-    "float16",
-)  # every check is of one; each has a process of its own, since what takes long is compiling
+# Every check is of one dtype, and each dtype has a process of its own: what takes long is compiling.
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,14 @@ def load_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
+def check_text(name: str, text: str) -> None:
+    """Raises WhispersError for text that no tokenizer takes: lone surrogates, as in arguments that are no UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise WhispersError(f"{name}: the character {text[error.start]!r}; accepted: valid Unicode text") from error
+
+
 class ChatEncoder:
     """Splits questions into context and header for one base.
 
@@ -57,13 +65,15 @@ class ChatEncoder:
         """Returns `(context ids, header ids)`, neither of them empty, save a context whose only token had to become the header.
 
         Raises:
-            WhispersError: an empty question, messages that do not end with a user turn, no chat template, ids out of range.
+            WhispersError: an empty question, messages that do not end with a user turn, text that is no valid Unicode,
+                no chat template, ids out of range.
         """
         if isinstance(question, bytes | bytearray | memoryview):
             raise WhispersError(f"question: a {type(question).__name__}; accepted: {_ACCEPTED}")
         if isinstance(question, str):
             if not question.strip():
                 raise WhispersError("question: it is empty; accepted: " + _ACCEPTED)
+            check_text("question", question)
             context, header = self._split_messages([{"role": "user", "content": question}])
         elif isinstance(question, tuple) and len(question) == 2 and not isinstance(question[0], int | Mapping):
             context, header = self.ids("context ids", question[0]), self.ids("header ids", question[1])
@@ -127,7 +137,12 @@ class ChatEncoder:
         return ids
 
     def encode(self, text: str) -> list[int]:
-        """A text's tokens, without special ones. Raises WhispersError where the base has no embedding for one."""
+        """A text's tokens, without special ones.
+
+        Raises:
+            WhispersError: text that is no valid Unicode, a token that the base has no embedding for.
+        """
+        check_text(repr(text), text)
         return self.ids(repr(text), self.tokenizer.encode(text, add_special_tokens=False))
 
     def end_of_turn(self, eos_ids: Sequence[int]) -> int:
@@ -184,6 +199,7 @@ class ChatEncoder:
     def _encode(self, text: str) -> Any:
         """A rendered template's ids, and where each stands in the text. The last are kept: a question is looked at more than once."""
         if text not in self._encoded:
+            check_text("messages", text)
             while len(self._encoded) >= _ENCODED_KEPT:
                 del self._encoded[next(iter(self._encoded))]
             self._encoded[text] = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
@@ -236,18 +252,24 @@ class TextStream:
             self._text += read[len(self._known) :]
             self._window = self._window[self._known_tokens :]
             self._known_tokens, self._known = len(self._window), self._decode(self._window)
-        found = [at for at in (self._text.find(stop, max(0, self._sent - len(stop))) for stop in self._stop) if at >= 0]
-        if found:
-            self._text, self.stopped = self._text[: min(found)], True
+        if self._cut():
             return self._hand_out(len(self._text))
         held = max((n for stop in self._stop for n in range(1, len(stop)) if self._text.endswith(stop[:n])), default=0)
         return self._hand_out(len(self._text) - held)
 
     def finish(self) -> str:
-        """Hands out what was held back; bytes that never became a character show as they decode."""
+        """Hands out what was held back, up to a stop string; bytes that became no character show as they decode."""
         if not self.stopped:
             self._text += self._decode(self._window)[len(self._known) :]
+            self._cut()
         return self._hand_out(len(self._text))
+
+    def _cut(self) -> bool:
+        """Ends the text before its first stop string; whether it has one."""
+        found = [at for at in (self._text.find(stop, max(0, self._sent - len(stop))) for stop in self._stop) if at >= 0]
+        if found:
+            self._text, self.stopped = self._text[: min(found)], True
+        return self.stopped
 
     def _decode(self, tokens: list[int]) -> str:
         return str(self._backend.decode(tokens, skip_special_tokens=True))

@@ -316,7 +316,11 @@ class Engine:
         return task.id
 
     def step(self) -> list[Event]:
-        """Computes one step for all requests and returns the events of the submitted ones, `Failed` among them."""
+        """Computes one step for all requests and returns the events of the submitted ones, `Failed` among them.
+
+        What is raised in its middle (out of memory, Ctrl-C) fails the requests that it computed: the next step brings
+        their `Failed`.
+        """
         self._scheduler.step()
         events = list(self._inbox)
         self._inbox.clear()
@@ -326,15 +330,18 @@ class Engine:
         return events
 
     def abort(self, request_id: int) -> None:
-        """Drops a submitted request and gives its pages back; one that is done or unknown is left alone."""
+        """Drops a submitted request and its pending events, and gives its pages back; one that is done or unknown is
+        left alone."""
         task = self._submitted.pop(request_id, None)
         if task is not None:
             self._scheduler.abort(task)
+            # In place: tasks fill this very list.
+            self._inbox[:] = [event for event in self._inbox if event.request_id != request_id]
 
     @property
     def busy(self) -> bool:
-        """Whether a step has anything to do."""
-        return self._scheduler.busy
+        """Whether a step has anything to compute, or events to hand out."""
+        return self._scheduler.busy or bool(self._inbox)
 
     def cache_stats(self) -> dict[str, int]:
         """pages_total, pages_free (kept ones included), pages_kept (full context pages that nobody uses at the moment), pages_pinned,
@@ -388,7 +395,7 @@ class _Stream(Iterator[Event]):
         self._scheduler.abort(self._task)
 
     def __del__(self) -> None:
-        self.close()
+        self._scheduler.drop(self._task)
 
 
 def device_of(name: str) -> torch.device:

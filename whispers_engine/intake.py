@@ -13,7 +13,7 @@ from torch import Tensor
 from . import results
 from .aggregate import POOLED, answer_pattern, check_aggregation
 from .batch import Span
-from .chat import ChatEncoder, Question, TextStream
+from .chat import ChatEncoder, Question, TextStream, check_text
 from .compose import Relay, check_composable, composition
 from .errors import WhispersError
 from .kv_cache import page_hashes, root_hash
@@ -50,7 +50,7 @@ class Intake:
         self._chat = chat
         self._fingerprint = fingerprint
         self._ids = itertools.count()
-        self._profiles: dict[str, Tensor] = {}  # their features, by text
+        self._profiles: dict[tuple[str, str], Tensor] = {}  # their features, by reader and text
         self.router: Router | None = None
 
     def task(self, request: Request, sink: Callable[[Event], None], score: bool = False) -> Task:
@@ -70,6 +70,8 @@ class Intake:
             candidates = [max(named, key=_weight)] if request.aggregate == "delegate" and not score else named
         profile = self._profile(request.profile, routed=named is None)
         context_ids, header = self._chat.split(request.question)
+        if named is None:
+            _check_readable(context_ids)
         options = self._options(request.options, required=score)
         if request.aggregate == "compose" and not score:
             check_composable(request)
@@ -106,9 +108,8 @@ class Intake:
             branches.append(branch)
         if seats is None:
             _end_as_one(branches, request.aggregate)
-        fronts = [member.front for _, _, member in members if member is not None and member.front is not None]
-        pins = self._pool.lease(0, [page for front in fronts for page in front.pages])
-        assert pins is not None  # pinned pages are held already
+        pins = self._pool.lease(0)
+        assert pins is not None  # of no pages
         task = Task(
             id=next(self._ids),
             contexts=list(contexts.values()) if seats is None else [contexts[""]],
@@ -124,18 +125,22 @@ class Intake:
             early_end=request.early_end,
             pattern=pattern,
         )
-        if self.router is not None and "" in contexts:
+        if self.router is not None and "" in contexts and context_ids:
             own = self._chat.own_tokens(request.question, context_ids)
             task.reading = Reading(contexts[""].span, self.router.reader, own, self._pool.page_size)
         if named is None:
             task.route = self._route(task, request, seats, profile)
         self._check_room(task)
+        # Last: nothing can fail behind it and leave them held.
+        fronts = [member.front for _, _, member in members if member is not None and member.front is not None]
+        pins.share(page for front in fronts for page in front.pages)
         return task
 
     def read(self, question: Question, reader: Reader | int, sink: Callable[[Tensor], None]) -> Task:
         """A task that computes a context and hands out a reader's feature of it, float32 `[width]`; or, given a layer, the hidden states
         of the tokens that count, float32 `[tokens, hidden]`. Raises WhispersError."""
         ids, _ = self._chat.split(question)
+        _check_readable(ids)
         context = self._context(ids, None, {})
         kind = Gathering if isinstance(reader, int) else Reading
         reading = kind(context.span, reader, self._chat.own_tokens(question, ids), self._pool.page_size)  # type: ignore[arg-type]
@@ -162,7 +167,6 @@ class Intake:
     def _check_room(self, task: Task) -> None:
         needed, there = task.pages_needed(self._pool), self._pool.num_pages - self._pool.stats()["pages_pinned"]
         if needed > there:
-            task.pins.close()
             raise WhispersError(
                 f"kv_cache_tokens: the page pool is too small: the request can take {needed} pages of {self._pool.page_size}, "
                 f"{there} are not pinned; accepted: fewer experts, a smaller max_tokens, a shorter question, a larger pool"
@@ -188,13 +192,16 @@ class Intake:
         if not routed:
             why = "no router could read it" if self.router is None else "experts are named, so none are chosen"
             raise WhispersError(f"profile: {why}; accepted: None, or experts=None and a committee with a router")
-        return profile_text(profile)
+        text = profile_text(profile)
+        check_text("profile", text)
+        return text
 
     def _route(self, task: Task, request: Request, seats: int | None, profile: str) -> Route:
         """What will choose the task's branches, or only their weights (`seats=None`), once its context has been read."""
         router, query, names = self.router, task.reading, self._known
         assert router is not None and query is not None
-        known, hint = self._profiles.get(profile), None
+        key = router.reader.key, profile  # this router's, even if there is another one by the time of the decision
+        known, hint = self._profiles.get(key), None
         if profile and known is None:
             with_template = self._chat.tokenizer.chat_template
             ids = self._chat.split(profile)[0] if with_template else self._chat.encode(profile)
@@ -204,7 +211,7 @@ class Intake:
         def decide(task: Task) -> None:
             feature = known
             if hint is not None:
-                feature = self._profiles[profile] = hint.feature()
+                feature = self._profiles[key] = hint.feature()
                 while len(self._profiles) > _PROFILES_KEPT:
                     del self._profiles[next(iter(self._profiles))]
                 if task.lease is not None:
@@ -269,10 +276,11 @@ class Intake:
             return [(BASE, 1.0)]
         for name, weight in weights.items():
             self._panel[name]  # refuses a name that is not there
-            if not isinstance(weight, int | float) or not math.isfinite(weight) or weight < 0:
+            if not _is_weight(weight):
                 raise WhispersError(
                     f"experts: {name!r} has the weight {weight!r}; accepted: a finite number, at least 0"
                 )
+        weights = {name: float(weight) for name, weight in weights.items()}
         total = sum(weights.values())
         if total == 0:
             raise WhispersError("experts: all weights are 0; accepted: at least one above 0")
@@ -308,6 +316,22 @@ class Intake:
             return Span("branch", context.end, [*virtual, *header], parent=context, soft=member.soft)
         front = member.front if member is not None and member.expert.placement == "detached" else None
         return Span("branch", context.end, list(header), parent=context, front=front)
+
+
+def _is_weight(value: object) -> bool:
+    try:
+        return isinstance(value, int | float) and math.isfinite(value) and value >= 0
+    except OverflowError:  # an integer beyond every float
+        return False
+
+
+def _check_readable(context: list[int]) -> None:
+    """Raises WhispersError for a context that leaves a router nothing to read."""
+    if not context:
+        raise WhispersError(
+            "question: its only token became the header, which leaves a router nothing to read; accepted: two tokens "
+            "or more, or experts that are named"
+        )
 
 
 def _weight(item: tuple[str, float]) -> float:

@@ -131,10 +131,14 @@ class PagePool:
         return pages
 
     def publish(self, page: int, page_hash: bytes) -> None:
-        """Makes a full, computed page known by its hash. Where two requests computed the same page, the first one stays known."""
-        if page_hash not in self._by_hash and page not in self._hash_of:
+        """Makes a full, computed page known by its hash. Where two requests computed the same page, the first one stays
+        known, and gets the other's notes: one from before there was a router is computed anew for those alone."""
+        known = self._by_hash.get(page_hash)
+        if known is None and page not in self._hash_of:
             self._by_hash[page_hash] = page
             self._hash_of[page] = page_hash
+        elif known is not None and known != page and page in self._notes:
+            self._notes[known] = {**self._notes[page], **self._notes.get(known, {})}
 
     def note(self, page: int, key: bytes, value: Tensor) -> None:
         """Keeps a value beside a full page, under a key, until the page is used for something else."""

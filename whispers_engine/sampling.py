@@ -43,7 +43,10 @@ class SamplingParams:
                 raise WhispersError(f"sampling: {name} {getattr(self, name)!r}; accepted: {accepted}")
 
         def number(value: object) -> bool:
-            return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+            try:
+                return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+            except OverflowError:  # an integer beyond every float
+                return False
 
         def whole(value: object) -> bool:
             return isinstance(value, int) and not isinstance(value, bool)

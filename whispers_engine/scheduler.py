@@ -58,6 +58,8 @@ class Scheduler:
         self.decoder = decoder
         self._waiting: deque[Task] = deque()
         self._running: list[Task] = []
+        self._dropped: deque[Task] = deque()  # in the middle of a step
+        self._stepping = False
 
     @property
     def busy(self) -> bool:
@@ -77,6 +79,16 @@ class Scheduler:
         if task.lease is not None:
             task.lease.close()
         task.pins.close()
+
+    def drop(self, task: Task) -> None:
+        """Aborts a task that nobody listens to any more: now, or behind the step that the garbage collector runs in."""
+        self._dropped.append(task)
+        if not self._stepping:
+            self._abort_dropped()
+
+    def _abort_dropped(self) -> None:
+        while self._dropped:
+            self.abort(self._dropped.popleft())
 
     def compute(self, work: list[Work], taps: dict[int, Tensor | None] | None = None) -> Computed:
         """One forward of the given rows, with pages from their spans' leases. `taps`: as `Model.forward`'s."""
@@ -98,16 +110,23 @@ class Scheduler:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Computes one batch and sends the events that follow from it to the tasks' sinks."""
-        if self.model.impl != "cpp":
-            return self._step()
+        """Computes one batch and sends the events that follow from it to the tasks' sinks.
+
+        What is raised once the batch is computed (out of memory, Ctrl-C) ends the batch's tasks: they get `Failed`, and
+        give their pages back.
+        """
         # PyTorch's threads go on spinning behind each of its operations, on the cores that ours want: a step of one row took 15 ms, not 9.
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
+        threads = torch.get_num_threads() if self.model.impl == "cpp" else None
+        self._stepping = True
         try:
+            if threads is not None:
+                torch.set_num_threads(1)
             self._step()
         finally:
-            torch.set_num_threads(threads)
+            if threads is not None:
+                torch.set_num_threads(threads)
+            self._abort_dropped()
+            self._stepping = False
 
     def _step(self) -> None:
         self._admit()
@@ -117,20 +136,28 @@ class Scheduler:
         counts = dict(work)
         readings = [reading for task in self._running for reading in task.readings if reading.span in counts]
         taps: dict[int, Tensor | None] = {reading.layer: None for reading in readings}
+        computing = [task for task in self._running if any(span in counts for span in task.spans())]
         computed = self.compute(work, taps)
-        for reading in readings:
-            rows, row, count = taps[reading.layer], computed.first_row[reading.span], counts[reading.span]
-            assert rows is not None
-            reading.add(rows[row : row + count], count, self.pool)
-        self._publish(counts)
-        self._decide()
-        self._score(computed, counts)
-        self._generate(computed, counts)
-        for task in [task for task in self._running if task.done]:
-            task.clock.ended = time.perf_counter()
-            self.abort(task)  # pages first: whatever the closing events lead to, they are back
-            for event in task.finish(task):
-                task.sink(event)
+        try:
+            for reading in readings:
+                rows, row, count = taps[reading.layer], computed.first_row[reading.span], counts[reading.span]
+                assert rows is not None
+                reading.add(rows[row : row + count], count, self.pool)
+            self._publish(counts)
+            self._decide()
+            self._score(computed, counts)
+            self._generate(computed, counts)
+            for task in [task for task in computing if task.done]:
+                task.clock.ended = time.perf_counter()
+                self.abort(task)  # pages first: whatever the closing events lead to, they are back
+                for event in task.finish(task):
+                    task.sink(event)
+                computing.remove(task)
+        except BaseException as error:
+            for task in computing:  # what their rows said is lost, and no step computes them again: they would hang
+                self.abort(task)
+                task.sink(Failed(task.id, f"the step that computed the request failed: {error!r}"))
+            raise
 
     # --- what to compute -------------------------------------------------------------------------------------------------------
 
@@ -145,7 +172,7 @@ class Scheduler:
             task.lease = self.pool.lease(needed, [page for pages in known.values() for page in pages])
             if task.lease is None:
                 if not self._running:  # nothing will ever come free: experts were added since it was accepted
-                    self._waiting.popleft()
+                    self.abort(task)
                     task.sink(
                         Failed(
                             task.id,
@@ -334,6 +361,9 @@ class Scheduler:
         if len(hidden) > len(groups):  # else every branch is its own pool
             of_row = tokens[on_device([at for at, (_, group) in enumerate(groups) for _ in group], torch.int64)]
             own = logits.gather(1, of_row[:, None])[:, 0].float() - logits.float().logsumexp(-1)
+            # Of a pool of one, the pool's: the last bits differ, and a branch's result is its own in any company.
+            single = on_device([at for at, (_, group) in enumerate(groups) if len(group) == 1], torch.int64)
+            own[on_device(ends[:-1], torch.int64)[single]] = pooled[single]
         return tokens, pooled, own
 
     def _append(self, task: Task, members: list[Branch], token: int, logprob: float, own: list[float]) -> None:
@@ -353,6 +383,7 @@ class Scheduler:
                 branch.span.ids.append(token)
             else:
                 piece += branch.text.finish()
+                reason = "stop" if branch.text.stopped else reason  # what was held back may be a stop string
                 self._end(task, branch, reason)
         task.sink(Token(task.id, None if task.pooled else members[0].name, token, piece, logprob))
         if reason is not None:

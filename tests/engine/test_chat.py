@@ -333,6 +333,24 @@ def test_stop_strings_by_hand(
     assert (got, stream.text, stream.stopped) == (pieces, text, text != "".join(tokens))
 
 
+def test_a_stop_string_beside_half_a_character() -> None:
+    """One token ends the stop string and begins a character; an answer that ends there ends before the stop string."""
+    half, rest = (
+        "xth\u0120\u00c3",
+        "\u00a9",
+    )  # "xth ", and the two bytes of an e with an acute accent, as the vocabulary writes them
+    backend = Tokenizer(models.BPE(vocab={half: 0, rest: 1}, merges=[]))
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    for tokens, pushed in (([0], [""]), ([0, 1], ["", "x"])):
+        stream = TextStream(tokenizer, ["th "])
+        assert push_all(stream, tokens) == pushed
+        assert "".join([*pushed, stream.finish()]) == stream.text == "x"
+        assert stream.stopped
+    stream = TextStream(tokenizer, ["the"])
+    assert (stream.push(0), stream.finish(), stream.stopped) == ("", "xth \ufffd", False)
+
+
 # --- another kind of tokenizer -----------------------------------------------------------------------------------------------------
 
 

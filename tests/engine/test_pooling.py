@@ -11,7 +11,7 @@ import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tests.engine.conftest import Tiny, kv_prompt, soft_prompt, token_ids
 from tests.engine.oracle import oracle_logprobs
-from whispers_engine import Answer, Done, Engine, Expert, SamplingParams, Token
+from whispers_engine import Answer, Done, Engine, Expert, Request, SamplingParams, Token
 from whispers_engine.sampling import sample
 
 TOLERANCE = 1e-4
@@ -295,3 +295,21 @@ def test_score_pools_linearly(
             assert value == pytest.approx(
                 sum(own[at, token].item() for at, token in enumerate(ids)), abs=len(ids) * TOLERANCE
             )
+
+
+# --- beside others ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_pool_beside_it_changes_no_bit(llama: Tiny, shared: Engine, rule: str) -> None:
+    """Of what a branch on its own, or a pool of one, reports: whether the same step has larger pools or not."""
+    hot = SamplingParams(max_tokens=STEPS, temperature=1.0, seed=5)
+    for aggregate in ("vote", rule):
+        alone = shared.ask(question(llama), experts=["suffix"], aggregate=aggregate, sampling=hot).experts
+        shared.submit(Request(question(llama, 6), aggregate=rule, sampling=replace(hot, max_tokens=4 * STEPS)))
+        beside = shared.ask(question(llama), experts=["suffix"], aggregate=aggregate, sampling=hot).experts
+        while shared.busy:
+            shared.step()
+        if shared.model.impl == "cpp":  # whose rows' bits are their own; a matrix library's are not
+            assert beside == alone
+        assert beside[0].logprob == pytest.approx(alone[0].logprob, abs=TOLERANCE)

@@ -85,6 +85,11 @@ QUESTIONS: dict[str, tuple[Any, tuple[str, ...]]] = {
         [5] * LIMIT,
         (f"{LIMIT + 4} tokens with soft prompt", "1 more for an answer", f"accepted: {LIMIT} in all", "max_position_embeddings"),
     ),
+    "half a character": ("x\ud800", (r"question: the character '\ud800'", "accepted: valid Unicode text")),
+    "half a character in messages": (
+        [{"role": "system", "content": "\udcff"}, USER],
+        (r"messages: the character '\udcff'", "accepted: valid Unicode text"),
+    ),
     "far too long": ("rice " * LIMIT, ("more for an answer", f"accepted: {LIMIT} in all")),
 }  # fmt: skip
 
@@ -111,6 +116,10 @@ REQUESTS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "options a number": ({"options": 5}, ("options: 5", ACCEPTED_OPTIONS)),
     "empty option": ({"options": ["rice", ""]}, ("option ''", "no tokens", "accepted: a string or token ids, not empty")),
     "empty option ids": ({"options": [[5], []]}, ("option []", "no tokens", "accepted: a string or token ids, not empty")),
+    "half a character as an option": (
+        {"options": ["rice", "x\udcff"]},
+        (r"'x\udcff': the character '\udcff'", "accepted: valid Unicode text"),
+    ),
     "option out of range": ({"options": [[VOCAB]]}, (f"token id {VOCAB}", f"integers in [0, {VOCAB})")),
     "option a number": ({"options": [5]}, ("option: a int", "accepted: a list of token ids")),
     "option too long": ({"options": ["rice", [5] * LIMIT]}, (f"{LIMIT} more for an answer", f"accepted: {LIMIT} in all")),
@@ -129,6 +138,11 @@ REQUESTS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "negative weight": ({"experts": {"north": 1, "south": -0.5}}, ("'south'", "weight -0.5", "accepted: a finite number, at least 0")),
     "NaN weight": ({"experts": {"north": math.nan}}, ("'north'", "weight nan", "accepted: a finite number, at least 0")),
     "infinite weight": ({"experts": {"north": math.inf}}, ("'north'", "weight inf", "accepted: a finite number, at least 0")),
+    "weight beyond every float": ({"experts": {"north": 10**400}}, ("'north'", "weight 1000", "accepted: a finite number")),
+    "weights beyond every float": (
+        {"experts": {"north": 10**308, "south": 10**308, "east": 0.5}},
+        ("no finite sum", "accepted: smaller ones"),
+    ),
     "weight a string": ({"experts": {"north": "1"}}, ("'north'", "weight '1'", "accepted: a finite number, at least 0")),
     "weights without a sum": ({"experts": {"north": 1e308, "south": 1e308}}, ("1e+308", "accepted:")),
 }  # fmt: skip
@@ -201,6 +215,7 @@ SAMPLING: dict[str, tuple[dict[str, Any], str]] = {
     "temperature negative": ({"temperature": -0.1}, "a finite number, at least 0"),
     "temperature NaN": ({"temperature": math.nan}, "a finite number, at least 0"),
     "temperature infinite": ({"temperature": math.inf}, "a finite number, at least 0"),
+    "temperature beyond every float": ({"temperature": 10**400}, "a finite number, at least 0"),
     "temperature a bool": ({"temperature": True}, "a finite number, at least 0"),
     "temperature a string": ({"temperature": "1"}, "a finite number, at least 0"),
     "top_p 0": ({"top_p": 0.0}, "above 0, at most 1"),

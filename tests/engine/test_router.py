@@ -14,7 +14,18 @@ import torch
 from torch import Tensor
 
 from tests.engine.conftest import Tiny, kv_prompt, soft_prompt
-from whispers_engine import Committee, Done, Engine, Expert, Request, Routed, SamplingParams, Token, WhispersError
+from whispers_engine import (
+    Committee,
+    Done,
+    Engine,
+    Expert,
+    Failed,
+    Request,
+    Routed,
+    SamplingParams,
+    Token,
+    WhispersError,
+)
 from whispers_engine.reading import TokenReader
 from whispers_engine.router import (
     FILE,
@@ -211,7 +222,8 @@ def test_pages_of_requests_that_were_not_routed_help(llama: Tiny) -> None:
     long = " ".join([QUESTION] * 6)
     engine.ask(long, experts=["e0"], sampling=SAMPLING)
     assert engine.ask(long, sampling=SAMPLING).usage["context_tokens_cached"] > 40
-    want = make_engine(llama).ask(long, sampling=SAMPLING)
+    fresh = make_engine(llama)
+    want, warm = (fresh.ask(long, sampling=SAMPLING) for _ in range(2))
     router, engine.router = engine.router, None
     engine.pool.forget()
     engine.ask(long, experts=["e0"], sampling=SAMPLING)
@@ -220,6 +232,9 @@ def test_pages_of_requests_that_were_not_routed_help(llama: Tiny) -> None:
     got = engine.ask(long, sampling=SAMPLING)
     assert got.usage["context_tokens_cached"] == 0
     assert dict(got.routing) == pytest.approx(dict(want.routing), abs=1e-5)
+    again = engine.ask(long, sampling=SAMPLING)  # the sums lie beside the pages from before by now
+    assert again.usage["context_tokens_cached"] == warm.usage["context_tokens_cached"]
+    assert dict(again.routing) == pytest.approx(dict(want.routing), abs=1e-5)
 
 
 def test_the_same_tokens_in_other_roles_are_read_anew(llama: Tiny) -> None:
@@ -317,6 +332,32 @@ def test_a_profile_is_a_hint_and_is_read_once(llama: Tiny, monkeypatch: pytest.M
     check_all_back(engine)
 
 
+def test_every_router_reads_a_profile_for_itself(llama: Tiny) -> None:
+    """A feature that another router has read is not this one's, nor is that of a request from before the change."""
+    members = experts(llama)
+    kinds = {"token": TokenRouter, "linear": LinearRouter, "deeper": LinearRouter}
+    routers = {
+        name: random_router(members, llama.hidden, kind, layer=3 if name == "deeper" else 2)
+        for name, kind in kinds.items()
+    }
+
+    def ask(engine: Engine) -> dict[str, float]:
+        return dict(engine.ask(QUESTION, profile=PROFILE, top_k=5, sampling=SAMPLING).routing)
+
+    want = {name: ask(make_engine(llama, router)) for name, router in routers.items()}
+    engine = make_engine(llama, routers["token"])
+    waiting = engine.submit(Request(QUESTION, profile=PROFILE, top_k=5, sampling=SAMPLING))
+    for name, router in routers.items():
+        engine.router = router
+        if name != "token":  # which reads it while the other's request is on its way
+            assert ask(engine) == pytest.approx(want[name], abs=1e-5)
+    (answer,) = [e.answer for e in engine.step() if isinstance(e, Done) and e.request_id == waiting]
+    assert dict(answer.routing) == pytest.approx(want["token"], abs=1e-5)
+    for name, router in routers.items():
+        engine.router = router
+        assert ask(engine) == pytest.approx(want[name], abs=1e-5)
+
+
 @pytest.mark.parametrize("options", [None, ["rice", "tea"]])
 def test_what_is_not_at_stake_is_the_bases(llama: Tiny, options: list[str] | None) -> None:
     gate = torch.zeros(llama.hidden + 1)
@@ -402,6 +443,22 @@ def test_a_routed_stream_abandoned_at_any_event(llama: Tiny, aggregate: str) -> 
                 break
         stream(options, PROFILE)  # never started
         check_all_back(engine)
+
+
+def test_a_decision_that_fails(llama: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the context was complete steps ago and the profile alone was still being read."""
+    engine = make_engine(llama, max_num_seqs=5, max_num_batched_tokens=5)
+    long = {"country": " ".join([QUESTION] * 5)}
+    request_id = engine.submit(Request("tea", profile=long, sampling=SAMPLING))
+    with monkeypatch.context() as patch:
+        patch.setattr(TokenRouter, "route", None)
+        with pytest.raises(TypeError):
+            while engine.busy:
+                assert engine.step() == []
+    (event,) = engine.step()
+    check_all_back(engine)
+    assert isinstance(event, Failed) and event.request_id == request_id and "TypeError" in event.error
+    assert len(engine.ask("tea", profile=long, sampling=SAMPLING).routing) == 3
 
 
 def test_abandoned_before_it_is_routed(llama: Tiny) -> None:
@@ -502,3 +559,42 @@ def test_what_cannot_be_routed_is_refused(llama: Tiny) -> None:
         engine.ask(QUESTION, profile=PROFILE)
     with pytest.raises(WhispersError, match="layer: 4; accepted: 0 to 3"):
         engine.read([QUESTION], 4)
+
+
+def test_one_token_leaves_nothing_to_read(llama: Tiny) -> None:
+    """It becomes the header, and the context is empty: enough for experts that are named, not for a router."""
+    engine = make_engine(llama)
+    for call in (
+        lambda: engine.ask([7]),
+        lambda: engine.score([7], ["rice", "tea"]),
+        lambda: engine.submit(Request([7])),
+        lambda: engine.read([QUESTION, [7]], 1),
+        lambda: engine.read_tokens([[7]], 1),
+    ):
+        with pytest.raises(WhispersError, match=r"its only token became the header.* accepted: two tokens or more"):
+            call()
+        check_all_back(engine)
+    for names in ([], ["e0"], ["e2", "e4"]):
+        got = engine.ask([7], experts=names, sampling=SAMPLING)
+        engine.router, router = None, engine.router
+        assert got.experts == engine.ask([7], experts=names, sampling=SAMPLING).experts
+        engine.router = router
+    check_all_back(engine)
+
+
+def test_a_request_that_is_refused_pins_nothing(llama: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever ends its making, and however late."""
+    engine = make_engine(llama)
+    with pytest.raises(WhispersError, match=r"profile: the character '.ud800'; accepted: valid Unicode text"):
+        engine.ask(QUESTION, profile={"country": "x\ud800"})
+
+    def breaks(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.chat, "own_tokens", breaks)
+        with pytest.raises(KeyboardInterrupt):
+            engine.ask(QUESTION)
+    for name in engine.experts:
+        engine.remove_expert(name)
+    assert engine.cache_stats()["pages_free"] == engine.cache_stats()["pages_total"]

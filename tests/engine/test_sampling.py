@@ -442,6 +442,22 @@ def test_a_stop_string_in_the_last_token_is_a_stop(llama: Tiny, shared: Engine, 
         assert (got.tokens, got.text, got.finish_reason) == want
 
 
+def test_a_stop_string_in_what_is_held_back_is_a_stop(llama: Tiny, shared: Engine) -> None:
+    """Bytes that never become a character are text only once the answer has ended."""
+    for seed in range(99):
+        sampling = dataclasses.replace(HOT, seed=seed)
+        whole = shared.ask(question(llama), experts=["suffix"], sampling=sampling).experts[0]
+        texts = [text_of(llama, whole.tokens[: at + 1]) for at in range(len(whole.tokens))]
+        at = next((at for at, text in enumerate(texts) if text.endswith("\ufffd")), None)
+        if at is not None:
+            break
+    assert at is not None
+    sampling = dataclasses.replace(sampling, stop="\ufffd", max_tokens=at + 1)
+    got = shared.ask(question(llama), experts=["suffix"], sampling=sampling).experts[0]
+    assert (got.tokens, got.finish_reason) == (whole.tokens[: at + 1], "stop")
+    assert got.text == texts[at].partition("\ufffd")[0]
+
+
 def test_half_a_stop_string_is_text_when_the_answer_ends(llama: Tiny, shared: Engine, plain: list[int]) -> None:
     """Held back while it might become one, handed out with the last token."""
     at, text = borders(llama, plain)[0]

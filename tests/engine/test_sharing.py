@@ -180,6 +180,72 @@ def test_pages_come_back_after_an_error(llama: Tiny, monkeypatch: pytest.MonkeyP
     assert engine.ask(question, sampling=SamplingParams(max_tokens=6)).experts == want.experts
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("out of luck"), KeyboardInterrupt()])
+def test_an_error_behind_the_forward(llama: Tiny, monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    """What its rows said is lost: the step's requests fail, one that still waits is answered."""
+    engine = make_engine(llama, committee(llama, 5), max_num_seqs=10)
+    requests = [
+        Request(
+            (token_ids(llama, 30, seed), token_ids(llama, 4, 2)),
+            aggregate=aggregate,
+            sampling=SamplingParams(max_tokens=6, temperature=1.0, seed=seed),
+        )
+        for seed, aggregate in enumerate(("vote", "mixture", "vote"))
+    ]
+    want = engine.ask(*[requests[2].question], sampling=requests[2].sampling).experts
+    ids = [engine.submit(request) for request in requests]
+    assert [event.request_id for event in engine.step() if isinstance(event, Routed)] == ids[:2]
+
+    def breaks(*args: object) -> None:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr("whispers_engine.scheduler.sample", breaks)
+        with pytest.raises(type(error)):
+            engine.step()
+    stats = engine.cache_stats()
+    assert engine.pool.available == stats["pages_free"] == stats["pages_total"] - stats["pages_pinned"]
+    events = engine.step()
+    assert [event.request_id for event in events if isinstance(event, Failed)] == ids[:2]
+    assert all(type(error).__name__ in event.error for event in events if isinstance(event, Failed))
+    while engine.busy:
+        events += engine.step()
+    (answer,) = [event.answer for event in events if isinstance(event, Done)]
+    assert [record.tokens for record in answer.experts] == [record.tokens for record in want]
+    check_all_back(engine)
+    last = engine.submit(requests[0])
+    with monkeypatch.context() as patch, pytest.raises(type(error)):
+        patch.setattr("whispers_engine.scheduler.sample", breaks)
+        while engine.busy:
+            engine.step()
+    assert engine.busy and [event.request_id for event in engine.step() if isinstance(event, Failed)] == [last]
+    assert not engine.busy
+
+
+def test_a_stream_collected_in_the_middle_of_a_step(llama: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The garbage collector runs when it likes: the task ends with the step, and the others go on."""
+    engine = make_engine(llama, committee(llama, 5))
+    questions = [(token_ids(llama, 30, seed), token_ids(llama, 4, 2)) for seed in range(2)]
+    want = engine.ask(questions[1], sampling=SamplingParams(max_tokens=4))
+    streams = [engine.stream(questions[0], sampling=SamplingParams(max_tokens=2))]
+    next(streams[0])
+    engine.submit(Request(questions[1], sampling=SamplingParams(max_tokens=4)))
+    likeliest = engine.model.likeliest
+
+    def collect(*args: object) -> object:
+        streams.clear()
+        return likeliest(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(engine.model, "likeliest", collect)
+    events = engine.step()
+    assert not streams
+    while engine.busy:
+        events += engine.step()
+    (answer,) = [event.answer for event in events if isinstance(event, Done)]
+    assert [record.tokens for record in answer.experts] == [record.tokens for record in want.experts]
+    check_all_back(engine)
+
+
 def test_a_failing_pin_leaves_nothing(llama: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = make_engine(llama, [])
 
@@ -202,6 +268,10 @@ def test_submitted_requests_can_be_dropped(llama: Tiny) -> None:
         engine.abort(request_id)
     check_all_back(engine)
     assert engine.step() == []
+    request_id = engine.submit(Request((token_ids(llama, 30, 1), token_ids(llama, 4, 2))))
+    next(engine.stream((token_ids(llama, 30, 2), token_ids(llama, 4, 2))))  # its step runs the other request too
+    engine.abort(request_id)
+    assert engine.step() == []  # none of what happened to it
 
 
 # --- in any company --------------------------------------------------------------------------------------------------------------
@@ -309,3 +379,10 @@ def test_a_waiting_request_that_can_never_run_fails(llama: Tiny) -> None:
     assert "too small" in event.error
     with pytest.raises(WhispersError, match="too small"):
         engine.ask((token_ids(llama, 30, 1), [5]), experts=[], sampling=SamplingParams(max_tokens=20))
+    request_id = engine.submit(Request(token_ids(llama, 9, 1), experts=["one"], sampling=SamplingParams(max_tokens=1)))
+    engine.add_expert(soft_prompt(llama, 20, 2, "two", "detached"))
+    (event,) = engine.step()
+    assert isinstance(event, Failed) and event.request_id == request_id
+    for name in engine.experts:  # the one that it asked is pinned by nobody any more
+        engine.remove_expert(name)
+    assert engine.cache_stats()["pages_free"] == engine.cache_stats()["pages_total"]

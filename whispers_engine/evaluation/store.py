@@ -21,9 +21,9 @@ Logprobs = NDArray[np.float32]
 class Store:
     """Numbers by what they depend on.
 
-    A question's key is a hash of the base, its prompting, the dtype, the prompt and the options; an expert's is its placement and the hash of its values.
-    So whatever has the same key has the same numbers, from whichever file or committee it came. Lines are appended whole; a torn last
-    one, of a machine that went down, is cut off.
+    A question's key is a hash of the base, its prompting, the dtype, the prompt and the options; an expert's is its placement and the hash
+    of its values. So whatever has the same key has the same numbers, from whichever file or committee it came. Lines are appended whole; a
+    torn last one, of a machine that went down, is cut off.
 
     Args:
         path: the file; it may not exist yet.
