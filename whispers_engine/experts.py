@@ -257,8 +257,8 @@ class Expert:
 
 def check_name(name: str) -> str:
     """Returns the name. Raises WhispersError for one that could not be a folder's, is the base's own, or a committee's file's."""
-    taken = isinstance(name, str) and (name == "base" or name.casefold() in (_COMMITTEE, ROUTER_FILE))
-    if not isinstance(name, str) or not _NAME.fullmatch(name) or taken:
+    right = isinstance(name, str) and _NAME.fullmatch(name) is not None
+    if not right or name == "base" or name.casefold() in (_COMMITTEE, ROUTER_FILE):
         raise WhispersError(
             f"expert name {name!r}: accepted are 1 to 64 of the characters A-Z a-z 0-9 _ . -, the first a letter or digit, and not "
             f"'base', '{_COMMITTEE}' or '{ROUTER_FILE}'"

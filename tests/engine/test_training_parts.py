@@ -200,15 +200,15 @@ def test_losses_that_are_not_finite_are_above_all(wrong: list[float]) -> None:
     assert (
         watch.look(4, [0.4, 0.5]) and not watch.look(5, [0.7, 0.9]) and watch.active
     )  # it goes on with what is finite
-    assert not watch.look(6, wrong) and not watch.active and not watch.broken and watch.step == 4
+    assert not watch.look(6, wrong) and not watch.active and not watch.drawn and watch.step == 4
 
 
 def test_broken_weights_stop_at_once() -> None:
     watch = Watch(patience=None)
-    assert watch.look(1, [0.5]) and not watch.broken
+    assert watch.look(1, [0.5]) and watch.notes["broken_step"] is None
     watch.stop_broken(2)
     again = Watch(None, watch.notes)
-    assert again.broken and not again.active and (again.step, again.loss) == (1, 0.5)
+    assert again.drawn and not again.active and (again.step, again.loss) == (1, 0.5)
 
 
 # --- contexts --------------------------------------------------------------------------------------------------------------------

@@ -97,7 +97,7 @@ class Phase:
         settings, state, notes = self._settings, self._state, self._notes
         saved, dev = time.monotonic(), None
         while state.step < self._steps and any(active := [watch.active for watch in self._watches]):
-            drawn = self._sampler.next([watch.active or watch.broken for watch in self._watches])
+            drawn = self._sampler.next([watch.drawn for watch in self._watches])
             losses, gradient = self._stepper.gradient(self._optimizer.value, drawn)
             rate = settings.rate * rate_factor(state.step, self._steps, settings.warmup, settings.decay)
             self._optimizer.step(gradient, rate, state.step, torch.tensor(active, device=gradient.device))
@@ -128,11 +128,7 @@ class Phase:
         return self._kept
 
     def _stop_broken(self) -> None:
-        """Stops who has weights that are not finite, which a gradient that is not finite always leaves.
-
-        Its rows are still computed, with the weights that are kept: with fewer rows the others' sums could be rounded
-        otherwise, and what they become must not depend on it.
-        """
+        """Stops who has weights that are not finite, which a gradient that is not finite always leaves, and takes back what is kept."""
         optimizer = self._optimizer
         for expert, finite in enumerate(optimizer.value.isfinite().flatten(1).all(dim=1).tolist()):
             if not finite:
@@ -142,7 +138,7 @@ class Phase:
 
     def _look(self) -> float | None:
         """Notes every expert's losses, on what is held out too, and keeps its weights where they are worth it."""
-        drawn = [item for item in self._dev if self._watches[item[0]].active or self._watches[item[0]].broken]
+        drawn = [item for item in self._dev if self._watches[item[0]].drawn]
         found: list[dict[int, float]] = [{} for _ in self._cultures]
         if drawn:
             losses = self._stepper.losses(self._optimizer.value, [one for _, _, one in drawn]).tolist()

@@ -30,9 +30,10 @@ class Watch:
         return bool(self.notes["active"])
 
     @property
-    def broken(self) -> bool:
-        """Whether it stopped because its weights were not finite."""
-        return self.notes["broken_step"] is not None
+    def drawn(self) -> bool:
+        """Whether its examples are computed. A broken expert's are, and thrown away: with fewer rows the others' sums could be rounded
+        otherwise, and what they become must not depend on it."""
+        return self.active or self.notes["broken_step"] is not None
 
     @property
     def step(self) -> int:
