@@ -141,6 +141,7 @@ class Intake:
         of the tokens that count, float32 `[tokens, hidden]`. Raises WhispersError."""
         ids, _ = self._chat.split(question)
         _check_readable(ids)
+        self._check_length("question", ids)
         context = self._context(ids, None, {})
         kind = Gathering if isinstance(reader, int) else Reading
         reading = kind(context.span, reader, self._chat.own_tokens(question, ids), self._pool.page_size)  # type: ignore[arg-type]
@@ -163,6 +164,12 @@ class Intake:
         )
         self._check_room(task)
         return task
+
+    def _check_length(self, what: str, ids: Sequence[int]) -> None:
+        if len(ids) > self._max_position:
+            raise WhispersError(
+                f"{what}: {len(ids)} tokens; accepted: {self._max_position}, this base's max_position_embeddings"
+            )
 
     def _check_room(self, task: Task) -> None:
         needed, there = task.pages_needed(self._pool), self._pool.num_pages - self._pool.stats()["pages_pinned"]
@@ -205,6 +212,7 @@ class Intake:
         if profile and known is None:
             with_template = self._chat.tokenizer.chat_template
             ids = self._chat.split(profile)[0] if with_template else self._chat.encode(profile)
+            self._check_length("profile", ids)
             own = self._chat.own_tokens(profile, ids) if with_template else [True] * len(ids)
             hint = Reading(Span("context", 0, ids), router.reader, own, self._pool.page_size)
 

@@ -191,7 +191,8 @@ def _index(culture: str, index: Any, options: int) -> int:
 def _shares(culture: str, shares: Any, options: int) -> tuple[float, ...]:
     who = f"dist of {_shown(culture)}"
     numbers = isinstance(shares, list) and all(
-        isinstance(share, int | float) and not isinstance(share, bool) and 0 <= share < math.inf for share in shares
+        isinstance(share, int | float) and not isinstance(share, bool) and 0 <= share < 1e300
+        for share in shares  # their sum is finite
     )
     if not numbers or len(shares) != options:
         raise WhispersError(f"{who} is {_shown(shares)}; accepted: {options} numbers, one an option, none below 0")

@@ -44,8 +44,8 @@ def read_examples(path: str | Path) -> list[Example]:
             value = json.loads(line)
             question, place = value["question"], value.get("place")
             culture = None if value.get("neutral") is True and "culture" not in value else value["culture"]
-            right = isinstance(question, str) and question.strip() and isinstance(culture, str | None)
-            right = right and isinstance(place, str | None)
+            right = isinstance(question, str) and question.strip()
+            right = right and all(text is None or (isinstance(text, str) and text.strip()) for text in (culture, place))
         except (ValueError, TypeError, KeyError, AttributeError):
             right = False
         if not right:

@@ -132,6 +132,10 @@ BAD: dict[str, tuple[Any, tuple[str, ...]]] = {
     "too few shares": (changed(SHARE, dist={"Japan": [0.5, 0.5]}), ('dist of "Japan" is [0.5, 0.5]', "3 numbers")),
     "a share below 0": (changed(SHARE, dist={"Japan": [1.5, -0.5, 0]}), ("none below 0",)),
     "a share beyond numbers": (b'{"question": "q", "options": ["a"], "dist": {"Japan": [1e999]}}', ("1 numbers",)),
+    "a share of many digits": (
+        b'{"question": "q", "options": ["a"], "dist": {"Japan": [' + b"9" * 400 + b"]}}",
+        ("1 numbers, one an option",),
+    ),
     "a share that is text": (changed(SHARE, dist={"Japan": ["1", 0, 0]}), ('dist of "Japan" is ["1", 0, 0]',)),
     "a share that is true": (changed(SHARE, dist={"Japan": [True, 0, 0]}), ('dist of "Japan" is [true, 0, 0]',)),
     "shares of more": (changed(SHARE, dist={"Japan": [0.5, 0.5, 2e-3]}), ("sums to 1.002; accepted: 1 within 0.001",)),

@@ -561,6 +561,18 @@ def test_what_cannot_be_routed_is_refused(llama: Tiny) -> None:
         engine.read([QUESTION], 4)
 
 
+def test_what_is_longer_than_the_base_reads_is_refused(llama: Tiny) -> None:
+    engine = make_engine(llama)
+    most = engine.model.config.max_position
+    long = [5] * (most + 2)  # the last is the header's
+    for read in (engine.read, engine.read_tokens):
+        with pytest.raises(WhispersError, match=rf"question: {most + 1} tokens; accepted: {most}, this base's"):
+            read([QUESTION, long], 1)
+    with pytest.raises(WhispersError, match=rf"profile: \d+ tokens; accepted: {most}, this base's"):
+        engine.ask(QUESTION, profile={"country": "rice " * most})
+    check_all_back(engine)
+
+
 def test_one_token_leaves_nothing_to_read(llama: Tiny) -> None:
     """It becomes the header, and the context is empty: enough for experts that are named, not for a router."""
     engine = make_engine(llama)

@@ -124,6 +124,8 @@ def test_what_cannot_be_fitted_is_refused(llama: Tiny, tmp_path: Path) -> None:
         '{"question": "", "culture": null}',
         '{"question": "a"}',
         '{"question": "a", "culture": 3}',
+        '{"question": "a", "culture": " "}',
+        '{"question": "a", "culture": "e0", "place": ""}',
     ):
         path.write_text(json.dumps({"question": "a", "culture": "e0"}) + "\n" + line)
         with pytest.raises(WhispersError, match=r"examples.jsonl:2: is no example"):
