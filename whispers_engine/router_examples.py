@@ -44,7 +44,7 @@ def read_examples(path: str | Path) -> list[Example]:
             value = json.loads(line)
             question, place = value["question"], value.get("place")
             culture = None if value.get("neutral") is True and "culture" not in value else value["culture"]
-            right = isinstance(question, str) and question.strip()
+            right = isinstance(question, str) and bool(question.strip())
             right = right and all(text is None or (isinstance(text, str) and text.strip()) for text in (culture, place))
         except (ValueError, TypeError, KeyError, AttributeError):
             right = False

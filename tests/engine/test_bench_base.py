@@ -18,7 +18,19 @@ from gguf import GGUFReader, dequantize
 from tests.engine.conftest import Bench, Tiny, make_tiny
 from tests.engine.test_pull import make_base, write_gguf
 from whispers_engine import WhispersError
-from whispers_engine.bench import base, committee, contest, field, gguf_file, hf, llama, llamacpp, work
+from whispers_engine.bench import (
+    base,
+    check,
+    committee,
+    contest,
+    field,
+    gguf_file,
+    hf,
+    llama,
+    llamacpp,
+    outcomes,
+    work,
+)
 from whispers_kernels import reference
 
 
@@ -339,6 +351,81 @@ def test_a_wrong_engine_is_not_timed(command: str, bench: Bench, plain: Tiny, pl
     assert status == 1 and "WRONG" in printed and "%" not in printed
 
 
+def test_int8_is_held_to_what_its_weights_say(bench: Bench, plain: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What int8 loses is no room for other errors: experts that are swapped show."""
+    int8 = ("--impl", "cpp", "--quantization", "int8", "--vs", "transformers-bf16", "--json")
+    status, printed = bench(*arguments("decode", plain, *int8))
+    assert status == 0
+    for result in json.loads(printed)["results"]:
+        assert result["check"]["error"] < 0.01 and result["check"]["rms"] <= result["check"]["error"]
+    made = committee.Committee.__init__
+
+    def swapped(self: Any, model: Any, soft: torch.Tensor, **settings: Any) -> None:
+        made(self, model, soft.roll(1, 0), **settings)
+
+    monkeypatch.setattr(committee.Committee, "__init__", swapped)
+    status, printed = bench(*arguments("decode", plain, *int8))
+    assert status == 1 and not any(result["ok"] for result in json.loads(printed)["results"])
+
+
+def test_the_mean_error_counts_too() -> None:
+    """Errors that are each no larger than the largest of transformers' are too many."""
+    exact = torch.randn(4, 8, 50, generator=torch.Generator().manual_seed(0)).log_softmax(-1)
+    plain = exact.clone()
+    plain[0, 0] += 0.05
+    tokens = exact.argmax(-1)
+    truth = exact.gather(-1, tokens[..., None])[..., 0]
+    for off, ok in ((0.0, True), (0.015, True), (0.03, False)):
+        found = check.judge_tokens(tokens.tolist(), (truth + off).tolist(), exact, plain, torch.bfloat16)
+        assert found["error"] <= found["budget"] and found["ok"] == ok
+
+
+@pytest.mark.parametrize("command", ["decode", "prefill", "throughput"])
+def test_what_was_timed_is_judged(command: str, bench: Bench, plain: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that does something else than the one that was checked: ours is not reported, a peer is left out."""
+    checks = {"decode": 1, "throughput": 1, "prefill": 0}[command]  # of a shape, before anything is timed
+    sizes = () if command == "prefill" else ("--experts", "3")
+    what = "prefill" if command == "prefill" else "decode"
+
+    def lazy(patch: pytest.MonkeyPatch, kind: type, right: int) -> None:
+        done, runs = getattr(kind, what), 0
+
+        def run(self: Any, *given: Any) -> Any:
+            nonlocal runs
+            runs += 1
+            found = done(self, *given)
+            if runs <= right:
+                return found
+            if command == "prefill":
+                return (found[0] + 1) % 200, found[1]
+            found.tokens = [[0] * len(row) for row in found.tokens]
+            return found
+
+        patch.setattr(kind, what, run)
+
+    vs = ("--vs", "transformers-fp32", "--json")
+    with monkeypatch.context() as patch:
+        lazy(patch, committee.Committee, checks)
+        status, printed = bench(*arguments(command, plain, *sizes, *vs))
+        (result,) = json.loads(printed)["results"]
+        assert status == 1 and not result["ok"] and not {"ours_ms", "peers", "against"} & result.keys()
+        assert result["check"]["passed_over_timed"] > 2 * result["check"]["budget"]
+    lazy(monkeypatch, hf.Transformers, checks)
+    status, printed = bench(*arguments(command, plain, *sizes, *vs))
+    (result,) = json.loads(printed)["results"]
+    assert status == 0 and result["ok"] and result["peers"] == {} and result["against"] == {}
+    assert "wrong while it was timed" in result["left_out"]["transformers-fp32"]
+
+
+def test_runs_of_one_prompt_are_judged_once() -> None:
+    seen = outcomes.Outcomes()
+    for tokens in ([[1, 2], [3, 4]], [[1], [3]], [[1, 2, 5], [3, 4, 6]], [[1, 9], [3, 4]], [[1], [3]]):
+        seen.add("a", tokens)
+    judged = []
+    assert seen.worst("a", lambda tokens: judged.append(tokens) or float(len(tokens[0]))) == 3.0  # type: ignore[func-returns-value]
+    assert judged == [[[1, 2, 5], [3, 4, 6]], [[1, 9], [3, 4]]]
+
+
 def test_refusals(bench: Bench, plain: Tiny) -> None:
     for more in (
         ("--vs", "llama"),
@@ -369,5 +456,6 @@ def test_ratios_are_of_medians_and_round_by_round() -> None:
     assert (peer["ms"], peer["ratio"], peer["setting"]) == (4.0, 2.0, "slow")
     assert peer["settings"] == {"fast": 5.0, "slow": 4.0}
     assert peer["ratio_of_rounds"] == {"median": 2.0, "low": 1.0, "high": 4.0}
+    assert (found["rounds_ms"], peer["rounds_ms"]) == ([1.0, 2.0, 4.0], [4.0, 4.0, 4.0])
     assert contest.hardest(found["peers"], ["none"]) is None
     assert base.peers_of(["llama.cpp"], torch.bfloat16) == ["llama.cpp-bf16", "llama.cpp-q8_0"]

@@ -15,13 +15,14 @@ from whispers_engine.config import DTYPES
 from whispers_engine.engine import base_folder, device_of
 from whispers_engine.errors import WhispersError
 
-from .check import OURS as ALLOWED
-from .check import judge_tokens
+from .check import by_how_much, judge_tokens
 from .committee import Committee
 from .contest import OURS, Rounds, Run, compare, hardest, in_turn, share_equal
 from .field import Entry, Field, matched, peers_of, random_prompt
+from .hf import Transformers
 from .llamacpp import features
 from .measure import Ceilings, ceilings, environment, implementation, rounded
+from .outcomes import Outcomes, Tokens
 from .peers import Unavailable
 from .steps import Decoded, Prompt
 from .work import Work
@@ -29,9 +30,7 @@ from .work import Work
 SHAPES = ((1, 512), (8, 512), (1, 2048), (8, 2048), (32, 2048))  # experts, context
 CONTEXTS = (512, 2048)
 PRIVATE = 16  # tokens of each expert behind the context: soft prompt and header
-_CHECKED_STEPS = 4
-# int8 with an output's scale keeps two bits fewer than bfloat16 of most weights: so many times its error.
-_QUANTIZED = 4.0
+_CHECKED_STEPS, _CHECKED_TOKENS = 4, 32  # at least, of every expert and of all
 _ROUND_MS = 3000.0  # a contender whose steps are slow takes fewer of them a round, three at least
 
 Report = dict[str, Any]
@@ -169,6 +168,7 @@ def _set_up(
         impl=settings.impl,
         quantization=settings.quantization,
         kv_cache_tokens=positions
+        + _CHECKED_TOKENS
         + 128 * (experts + 2),  # pages are begun, and not filled, by the context and every branch
         max_num_seqs=max(256, experts),
     )
@@ -213,6 +213,7 @@ def _decode(setup: _Setup, experts: int, context: int) -> Report:
     tell("checking peers")
     entries, result["errors"], left_out = setup.field.entries(setup.peers, prompt, experts, PRIVATE + new_tokens)
     tokens: dict[str, list[list[int]]] = {}
+    outcomes = Outcomes()
     took: dict[str, float] = {}  # milliseconds of a step, in the last round
 
     def run(name: str, decode: Callable[[Prompt, int, int], Decoded]) -> list[float]:
@@ -220,11 +221,14 @@ def _decode(setup: _Setup, experts: int, context: int) -> Report:
         decoded = decode(prompt, experts, wanted)
         took[name] = statistics.median(decoded.step_ms)
         tokens[name] = decoded.tokens
+        outcomes.add(name, decoded.tokens)
         return decoded.step_ms
 
     decodes = {OURS: ours.decode} | {entry.name: entry.decode for entry in entries}
     runs: dict[str, Run] = {name: partial(run, name, decode) for name, decode in decodes.items()}
     times, failed = _timed(entries, runs, settings.rounds, tell)
+    if not _outcomes_right(setup, prompt, result, entries, outcomes, times, failed):
+        return result
     equal = {entry.name: share_equal(tokens[OURS], tokens[entry.name]) for entry in entries if entry.name in times}
     result |= _figures(
         setup, entries, times, left_out | failed, setup.work.decode(experts, context, PRIVATE + settings.steps / 2)
@@ -247,15 +251,20 @@ def _prefill(setup: _Setup, context: int) -> Report:
     if not result["ok"]:
         return result
     tell("checking peers")
-    ubatches = sorted({512, min(2048, -(-context // 512) * 512)})
-    entries, result["errors"], left_out = setup.field.entries(setup.peers, prompt, 1, PRIVATE, ubatches)
+    entries, result["errors"], left_out = setup.field.entries(setup.peers, prompt, 1, PRIVATE, _ubatches(context))
 
-    def run(prefill: Callable[[Sequence[int]], tuple[int, float]]) -> list[float]:
-        return [prefill(prompt.context)[1]]
+    outcomes = Outcomes()
+
+    def run(name: str, prefill: Callable[[Sequence[int]], tuple[int, float]]) -> list[float]:
+        token, took = prefill(prompt.context)
+        outcomes.add(name, [[token]])
+        return [took]
 
     prefills = {OURS: setup.ours.prefill} | {entry.name: entry.prefill for entry in entries}
-    runs: dict[str, Run] = {name: partial(run, prefill) for name, prefill in prefills.items()}
+    runs: dict[str, Run] = {name: partial(run, name, prefill) for name, prefill in prefills.items()}
     times, failed = _timed(entries, runs, setup.settings.rounds, tell)
+    if not _outcomes_right(setup, prompt, result, entries, outcomes, times, failed):
+        return result
     result |= _figures(setup, entries, times, left_out | failed, setup.work.prefill(context))
     return result | {"tokens_s": context / result["ours_ms"] * 1e3}
 
@@ -271,22 +280,34 @@ def _answer(setup: _Setup, experts: int, context: int, new_tokens: int) -> Repor
     if not result["ok"]:
         return result
     tell("checking peers")
-    entries, result["errors"], left_out = setup.field.entries(setup.peers, prompt, experts, PRIVATE + new_tokens)
+    entries, result["errors"], left_out = setup.field.entries(
+        setup.peers, prompt, experts, PRIVATE + new_tokens, _ubatches(context)
+    )
+    outcomes = Outcomes()
 
-    def run(decode: Callable[[Prompt, int, int], Decoded], forget: Callable[[], None]) -> list[float]:
+    def run(name: str, decode: Callable[[Prompt, int, int], Decoded], forget: Callable[[], None]) -> list[float]:
         forget()
         start = time.perf_counter()
-        decode(prompt, experts, new_tokens)
-        return [(time.perf_counter() - start) * 1e3]
+        decoded = decode(prompt, experts, new_tokens)
+        took = (time.perf_counter() - start) * 1e3
+        outcomes.add(name, decoded.tokens)
+        return [took]
 
-    runs: dict[str, Run] = {OURS: partial(run, setup.ours.decode, setup.ours.forget)}
-    runs |= {entry.name: partial(run, entry.decode, entry.forget) for entry in entries}
+    runs: dict[str, Run] = {OURS: partial(run, OURS, setup.ours.decode, setup.ours.forget)}
+    runs |= {entry.name: partial(run, entry.name, entry.decode, entry.forget) for entry in entries}
     times, failed = _timed(entries, runs, setup.settings.rounds, tell)
+    if not _outcomes_right(setup, prompt, result, entries, outcomes, times, failed):
+        return result
     begun, step = setup.work.prefill(context), setup.work.decode(experts, context, PRIVATE + new_tokens / 2)
     # The first new token costs no step. Private tokens are left out, which keeps the floor below what any implementation needs.
     moved, flops = (first + (new_tokens - 1) * each for first, each in zip(begun, step, strict=True))
     result |= _figures(setup, entries, times, left_out | failed, (moved, flops))
     return result | {"new_tokens": new_tokens, "tokens_s": experts * new_tokens / result["ours_ms"] * 1e3}
+
+
+def _ubatches(context: int) -> list[int]:
+    """What a user of llama.cpp would try for a prefill of so many tokens."""
+    return sorted({512, min(2048, -(-context // 512) * 512)})
 
 
 def _timed(
@@ -307,12 +328,57 @@ def _head(setup: _Setup, op: str, experts: int, context: int, checked: Report) -
 def _checked(setup: _Setup, prompt: Prompt, experts: int, tell: Progress) -> Report:
     """Ours against transformers in float32, on the tokens that ours chose."""
     tell("checking ours")
-    decoded = setup.ours.decode(prompt, experts, _CHECKED_STEPS)
+    steps = max(_CHECKED_STEPS, -(-_CHECKED_TOKENS // experts))
+    decoded = setup.ours.decode(prompt, experts, steps)
     exact = setup.field.transformers(torch.float32).logprobs(prompt, decoded.tokens)
-    half = torch.bfloat16 if setup.settings.quantization else setup.dtype
+    int8 = setup.settings.quantization is not None
+    half = torch.bfloat16 if int8 else setup.dtype
     plain = exact if half == torch.float32 else setup.field.transformers(half).logprobs(prompt, decoded.tokens)
-    times = ALLOWED * (_QUANTIZED if setup.settings.quantization else 1.0)
-    return judge_tokens(decoded.tokens, decoded.logprobs, exact, plain, half, times)
+    own = None
+    if int8:  # what its weights lose is `benchmarks/int8_loss.py`'s; here ours must compute what they say
+        own = _truth(setup).logprobs(prompt, decoded.tokens)
+        _truth(setup).forget()
+    return judge_tokens(decoded.tokens, decoded.logprobs, exact, plain, half, own)
+
+
+def _truth(setup: _Setup) -> Transformers:
+    """Of what ours computes."""
+    return setup.field.transformers(torch.float32, setup.dtype if setup.settings.quantization else None)
+
+
+def _outcomes_right(
+    setup: _Setup,
+    prompt: Prompt,
+    result: Report,
+    entries: list[Entry],
+    outcomes: Outcomes,
+    times: dict[str, Rounds],
+    failed: dict[str, str],
+) -> bool:
+    """Judges what everybody answered while it was timed, as before. A peer that passed too much over leaves `times` for `failed`; where
+    ours did, `result` says so, and there is nothing to report."""
+
+    def passed_over(model: Transformers, tokens: Tokens) -> float:
+        alone = result["op"] == "prefill"
+        return by_how_much(
+            model.behind(prompt.context)[None, None] if alone else model.logprobs(prompt, tokens), tokens
+        )
+
+    ours = outcomes.worst(OURS, partial(passed_over, _truth(setup)))
+    checked = result["check"]
+    checked["passed_over_timed"] = ours
+    if not ours <= 2 * checked["budget"]:
+        result["ok"] = checked["ok"] = False
+        return False
+    plain = setup.field.transformers(torch.float32)
+    for entry in entries:
+        if entry.name in times:
+            budget = result["errors"][entry.peer]["budget"]
+            worst = outcomes.worst(entry.name, partial(passed_over, plain))
+            if not worst <= budget:
+                del times[entry.name]
+                failed[entry.name] = f"wrong while it was timed: passed over {worst:.1e}, budget {budget:.1e}"
+    return True
 
 
 def _figures(

@@ -11,6 +11,7 @@ from torch import Tensor
 # Ours is held to the house's rule: twice PyTorch's own error, plus the band. A peer is timed until it is plainly wrong, since leaving
 # out a fast one for its rounding would flatter us.
 OURS, PEER = 2.0, 8.0
+_SUMMATION = 1e-3  # what two correct orders of summation differ by in a whole model, in float32
 
 
 class Verdict(NamedTuple):
@@ -47,33 +48,55 @@ def judge_tokens(
     exact: Tensor,
     plain: Tensor,
     dtype: torch.dtype,
-    times: float = OURS,
+    own: Tensor | None = None,
 ) -> dict[str, Any]:
     """Whether greedy tokens are as likely as their log-probabilities say, and no better one was passed over.
 
-    The budget is so many times transformers' own error in this dtype, plus one rounding of the largest logit to it (in float32 1e-3,
-    since transformers in float32 is what we compare with).
+    Two errors have a budget: the largest, since one wrong branch must show, twice transformers' own in this dtype plus one rounding of
+    the largest logit to it (in float32 1e-3, since transformers in float32 is what we compare with); and the root of the mean square,
+    which chance moves less, twice transformers' plus 1e-3. Few tokens have a mean that says little: 32 and more are meant.
 
     Args:
         tokens, logprobs: what was generated, `[E][n]`.
         exact: float32 `[E, n, V]`, the distributions that these tokens were chosen from, as transformers finds them in float32.
         plain: the same in `dtype`.
+        own: `exact` with the weights that were meant, where those are not the base's (int8); None: `exact`.
 
     Returns:
-        ok, error, budget, and passed_over: by how much the best token was likelier than the chosen one, at most.
+        ok, error, budget, rms, rms_budget, and passed_over: by how much the best token was likelier than the chosen one, at most.
     """
     chosen = torch.tensor(tokens, device=exact.device)[..., None]  # [E, n, 1]
-    truth = exact.gather(-1, chosen)[..., 0]
-    own = float((plain.gather(-1, chosen)[..., 0] - truth).abs().max())
-    error = float((torch.tensor(logprobs, device=exact.device) - truth).abs().max())
-    passed_over = float((exact.amax(-1) - truth).max())
-    budget = times * own + rounding(exact, dtype)
-    ok = error <= budget and passed_over <= 2 * budget
-    return {"ok": ok, "error": error, "budget": budget, "passed_over": passed_over}
+    plain_error = plain.gather(-1, chosen) - exact.gather(-1, chosen)
+    wanted = exact if own is None else own
+    truth = wanted.gather(-1, chosen)[..., 0]
+    errors = torch.tensor(logprobs, device=exact.device) - truth
+    error, rms = float(errors.abs().max()), _rms(errors)
+    passed_over = by_how_much(wanted, tokens)
+    budget = OURS * float(plain_error.abs().max()) + rounding(exact, dtype)
+    rms_budget = OURS * _rms(plain_error) + _SUMMATION
+    ok = error <= budget and rms <= rms_budget and passed_over <= 2 * budget
+    return {
+        "ok": ok,
+        "error": error,
+        "budget": budget,
+        "rms": rms,
+        "rms_budget": rms_budget,
+        "passed_over": passed_over,
+    }
+
+
+def by_how_much(exact: Tensor, tokens: Sequence[Sequence[int]]) -> float:
+    """How much likelier than the chosen tokens `[E][n]` better ones were, at most; `exact`: the distributions `[E, n, V]`."""
+    chosen = torch.tensor(tokens, device=exact.device)[..., None]
+    return float((exact.amax(-1) - exact.gather(-1, chosen)[..., 0]).max())
+
+
+def _rms(errors: Tensor) -> float:
+    return float(errors.double().square().mean().sqrt())
 
 
 def rounding(logprobs: Tensor, dtype: torch.dtype) -> float:
-    """One rounding of the largest logit to a dtype; in float32, what two correct orders of summation differ by in a whole model."""
+    """One rounding of the largest logit to a dtype; in float32, what two orders of summation differ by."""
     if dtype == torch.float32:
-        return 1e-3
+        return _SUMMATION
     return torch.finfo(dtype).eps * float((logprobs.amax(-1) - logprobs.amin(-1)).max())

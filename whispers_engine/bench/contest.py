@@ -65,6 +65,7 @@ def compare(times: Mapping[str, Rounds], settings: Mapping[str, tuple[str, str]]
             "ratio": time.ms / mine.ms,
             "spread": time.spread,
             "ratio_of_rounds": {"median": statistics.median(ratios), "low": min(ratios), "high": max(ratios)},
+            "rounds_ms": theirs,
         }
         if setting:
             entry["setting"] = setting
@@ -73,7 +74,7 @@ def compare(times: Mapping[str, Rounds], settings: Mapping[str, tuple[str, str]]
             found[peer]["settings"] = entry["settings"]
         else:
             found[peer] = entry
-    return {"ours_ms": mine.ms, "spread": mine.spread, "peers": found}
+    return {"ours_ms": mine.ms, "spread": mine.spread, "rounds_ms": ours, "peers": found}
 
 
 def hardest(peers: Mapping[str, Report], names: Sequence[str]) -> Report | None:

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from whispers_engine.errors import WhispersError
+from whispers_kernels.cpp.packing import quantize
 
-from .check import Verdict
+from .check import Verdict, by_how_much
 from .gguf_file import as_gguf
 from .hf import SHORT, Transformers
 from .llamacpp import LlamaCpp, LlamaModel, Setting, features
@@ -83,20 +84,24 @@ class Field:
         self._folder = folder
         self._device = device
         self._progress = progress
-        self._transformers: dict[torch.dtype, Transformers] = {}
+        self._transformers: dict[tuple[torch.dtype, torch.dtype | None], Transformers] = {}
         self._llama: dict[str, LlamaModel] = {}
 
-    def transformers(self, dtype: torch.dtype) -> Transformers:
-        """The base as transformers loads it, in this dtype."""
-        if dtype not in self._transformers:
+    def transformers(self, dtype: torch.dtype, int8_of: torch.dtype | None = None) -> Transformers:
+        """The base as transformers loads it, in this dtype; `int8_of`: with the layers' matrices as `quantization="int8"` makes them of
+        weights in that dtype."""
+        key = dtype, int8_of
+        if key not in self._transformers:
             from transformers import AutoModelForCausalLM
             from transformers.utils import logging
 
             logging.disable_progress_bar()
-            self._progress(f"loading transformers in {SHORT[dtype]}")
+            self._progress(f"loading transformers in {SHORT[dtype]}{'' if int8_of is None else ', weights of int8'}")
             model = AutoModelForCausalLM.from_pretrained(self._folder, dtype=dtype, attn_implementation="sdpa")
-            self._transformers[dtype] = Transformers(model.to(self._device).eval().requires_grad_(False))
-        return self._transformers[dtype]
+            if int8_of is not None:
+                _round_to_int8(model, int8_of)
+            self._transformers[key] = Transformers(model.to(self._device).eval().requires_grad_(False))
+        return self._transformers[key]
 
     def embeddings(self) -> Tensor:
         """The base's table, float32 `[V, hidden]`."""
@@ -126,7 +131,8 @@ class Field:
         for name in names:
             for entry, first, tokens in self._settings(name, prompt, experts, room, ubatches, left_out):
                 error = float((first.log_softmax(-1) - exact).abs().max())
-                verdict = Verdict(max(error, self._passed_over(prompt, tokens)), budget)
+                truth = self.transformers(torch.float32).logprobs(prompt, tokens)
+                verdict = Verdict(max(error, by_how_much(truth, tokens)), budget)
                 if verdict.ok:
                     entries.append(entry)
                     worst = max(verdict.error, errors.get(name, {}).get("error", 0.0))
@@ -135,12 +141,6 @@ class Field:
                     entry.close()
                     left_out[entry.name] = f"wrong: error {verdict.error:.1e}, budget {budget:.1e}"
         return entries, errors, left_out
-
-    def _passed_over(self, prompt: Prompt, tokens: list[list[int]]) -> float:
-        """By how much a better token than the chosen one was passed over, at most, in a peer's first steps."""
-        truth = self.transformers(torch.float32).logprobs(prompt, tokens)  # [E, n, V]
-        chosen = truth.gather(-1, torch.tensor(tokens, device=truth.device)[..., None])[..., 0]
-        return float((truth.amax(-1) - chosen).max())
 
     def _settings(
         self,
@@ -191,6 +191,14 @@ class Field:
         for model in self._transformers.values():
             model.forget()
         gc.collect()
+
+
+@torch.no_grad()
+def _round_to_int8(model: Any, dtype: torch.dtype) -> None:
+    for module in model.model.layers.modules():
+        if isinstance(module, torch.nn.Linear):
+            numbers, scale = quantize(module.weight.to(dtype))
+            module.weight.copy_(numbers * scale[:, None])
 
 
 def random_prompt(table: Tensor, experts: int, context: int, soft: int = 12, header: int = 4, seed: int = 0) -> Prompt:

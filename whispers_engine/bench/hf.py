@@ -60,9 +60,13 @@ class Transformers:
     def prefill(self, ids: Sequence[int]) -> tuple[int, float]:
         """The greedy token behind these, nothing of them being known, and the milliseconds that it took."""
         start = time.perf_counter()
-        logits = self._model(input_ids=self._tensor([ids]), use_cache=True, logits_to_keep=1).logits
-        token = int(logits[0, -1].argmax())
+        token = int(self._behind(ids).argmax())
         return token, (time.perf_counter() - start) * 1e3
+
+    @torch.inference_mode()
+    def behind(self, ids: Sequence[int]) -> Tensor:
+        """The distribution behind these, log-probabilities in float32 `[V]`."""
+        return self._behind(ids).float().log_softmax(-1)
 
     @torch.inference_mode()
     def first(self, prompt: Prompt, experts: int) -> Tensor:
@@ -83,6 +87,10 @@ class Transformers:
     def forget(self) -> None:
         """Gives up the dynamic cache of the last prompt."""
         self._begun = None
+
+    def _behind(self, ids: Sequence[int]) -> Tensor:
+        logits: Tensor = self._model(input_ids=self._tensor([ids]), use_cache=True, logits_to_keep=1).logits
+        return logits[0, -1]
 
     def _tensor(self, ids: Sequence[Sequence[int]]) -> Tensor:
         return torch.tensor(ids, device=self.table.device)

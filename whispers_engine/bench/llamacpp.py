@@ -147,11 +147,9 @@ class LlamaCpp:
         self._append(prompt.context, 0, 0)
         for row in range(1, experts):
             self._lib.llama_memory_seq_cp(self._memory, 0, row, -1, -1)
-        rows = []
-        for row in range(experts):
-            self._append(own[row], begin, row)
-            rows.append(torch.from_numpy(self._logits(1).copy()))
-        logits = torch.cat(rows)
+        together = self._most // max(map(len, own))  # experts whose own tokens are one batch
+        parts = [self._append_each(own[at : at + together], begin, at) for at in range(0, experts, together)]
+        logits = torch.cat(parts)
         self._begun = (prompt, experts, logits)
         return logits
 
@@ -187,6 +185,15 @@ class LlamaCpp:
             self._filled.set_run(part, position + begin, sequence, last)
             self._run(len(part))
 
+    def _append_each(self, runs: Sequence[Sequence[int]], position: int, first: int) -> Tensor:
+        """Appends runs of tokens to as many sequences, from the `first` on, in one batch; the logits behind each."""
+        rows = 0
+        for sequence, ids in enumerate(runs, first):
+            self._filled.set_run(ids, position, sequence, True, rows)
+            rows += len(ids)
+        self._run(rows)
+        return torch.from_numpy(self._logits(len(runs)).copy())
+
     def _run(self, tokens: int) -> None:
         self._batch.n_tokens = tokens
         status = self._lib.llama_decode(self._handle, self._batch)
@@ -214,15 +221,15 @@ class _Columns:
         self._sequence = [np.ctypeslib.as_array(batch.seq_id[row], shape=(1,)) for row in range(size)]
         self._count[:] = 1
 
-    def set_run(self, ids: Sequence[int], position: int, sequence: int, last: bool) -> None:
-        """Consecutive tokens of one sequence; the logits of the last one where it is the prompt's last."""
-        count = len(ids)
-        self._token[:count] = ids
-        self._pos[:count] = np.arange(position, position + count)
-        for row in range(count):
-            self._sequence[row][0] = sequence
-        self._wanted[:count] = 0
-        self._wanted[count - 1] = last
+    def set_run(self, ids: Sequence[int], position: int, sequence: int, last: bool, row: int = 0) -> None:
+        """Consecutive tokens of one sequence, from a row on; the logits of the last one where it is the prompt's last."""
+        end = row + len(ids)
+        self._token[row:end] = ids
+        self._pos[row:end] = np.arange(position, position + len(ids))
+        for at in range(row, end):
+            self._sequence[at][0] = sequence
+        self._wanted[row:end] = 0
+        self._wanted[end - 1] = last
 
     def set_sequences(self, sequences: Sequence[int]) -> None:
         """A row for every one of these, with its logits."""

@@ -53,7 +53,8 @@ class Sampler(NamedTuple):
 
 
 class Timing(NamedTuple):
-    """Milliseconds a call: the median of the rounds, and their interquartile range over it. Less than that is noise."""
+    """Milliseconds a call: the median of the rounds, and their interquartile range (of three or fewer, the range) over it. Less than
+    that is noise."""
 
     ms: float
     spread: float
