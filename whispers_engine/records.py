@@ -7,7 +7,8 @@ import hashlib
 import json
 import math
 import string
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,11 +84,13 @@ def prompt(record: Record) -> tuple[str, list[str]]:
     if not isinstance(record, ShareRecord):
         return record.question, list(record.options)
     letters = list(LETTERS[: len(record.options)])
-    # A line an option, whatever white space is in it.
-    listed = "\n".join(
-        f"{letter}. {' '.join(option.split())}" for letter, option in zip(letters, record.options, strict=True)
-    )
+    listed = "\n".join(f"{letter}. {_listed(option)}" for letter, option in zip(letters, record.options, strict=True))
     return f"{record.question}\n\n{listed}\n\n{INSTRUCTION}", letters
+
+
+def _listed(option: str) -> str:
+    """A line, whatever white space is in it."""
+    return " ".join(option.split())
 
 
 def read_records(path: str | Path) -> RecordFile:
@@ -135,6 +138,8 @@ def _record(number: int, line: bytes) -> Record:
         return ChoiceRecord(*common, {culture: _index(culture, value, count) for culture, value in cultures.items()})
     if count > len(LETTERS):
         raise WhispersError(f"options: {count} of them; accepted with shares: at most {len(LETTERS)}, a letter each")
+    if twice := _twice(list(map(_listed, options))):
+        raise WhispersError(f"options lists {_shown(twice)} twice, white space aside; accepted: every option once")
     return ShareRecord(*common, {culture: _shares(culture, value, count) for culture, value in cultures.items()})
 
 
@@ -174,10 +179,14 @@ def _is_text(value: Any) -> bool:
 def _options(value: Any) -> tuple[str, ...]:
     if not isinstance(value, list) or not value or not all(map(_is_text, value)):
         raise WhispersError(f"options is {_shown(value)}; accepted: a list of strings, none empty")
-    if len(set(value)) != len(value):
-        twice = next(option for option in value if value.count(option) > 1)
+    if twice := _twice(value):
         raise WhispersError(f"options names {_shown(twice)} twice; accepted: every option once")
     return tuple(value)
+
+
+def _twice(options: Sequence[str]) -> str | None:
+    """The first that is there more than once; none of them is empty."""
+    return next((option for option, times in Counter(options).items() if times > 1), None)
 
 
 def _index(culture: str, index: Any, options: int) -> int:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -179,6 +181,64 @@ def test_records_that_are_not_measured_link_too(tmp_path: Path) -> None:
     assert [item.cluster for item in make_dataset(source, ["Japan"]).items] == [0, 1]
 
 
+def said(culture: str, option: int = 0, **more: Any) -> dict[str, Any]:
+    """A line of one culture's answer to a question that several are asked."""
+    return {"question": "what do people eat?", "options": ["rice", "bread"], "answer": {culture: option}, **more}
+
+
+def test_an_answer_is_in_its_own_lines_part(llama: Tiny, tmp_path: Path) -> None:
+    """Lines that are one question may be of several parts; parts of what is not measured are none."""
+    records = [
+        said("Japan", region="Asia"),
+        said("Cuba", 1, region="Americas"),
+        said("Chad", region="Africa"),
+        said("Peru"),
+    ]
+    records.append({**said("Cuba", region="Americas"), "question": "what is tea?"})
+    source = read_records(write(tmp_path / "x.jsonl", records))
+    dataset = make_dataset(source, CULTURES, by="region")
+    assert len(dataset.items) == 2 and dataset.parts == ["Asia", "Americas", "other"]
+    assert dataset.items[0].parts == {"Japan": "Asia", "Cuba": "Americas", "Chad": "Africa", "Peru": "other"}
+    bench = Bench(llama, read_cast([], None), dataset, tmp_path)
+    rows = bench.report["metrics"]["accuracy"]["rows"]
+    assert {name: one["n"] for name, one in rows[0]["parts"].items()} == {"Asia": 1, "Americas": 2, "other": 1}
+    for row in rows:
+        for part, culture in (("Asia", "Japan"), ("Americas", "Cuba"), ("other", "Peru")):
+            assert row["parts"][part] == row["cultures"][culture]
+
+
+def test_the_order_of_lines_decides_nothing(tmp_path: Path) -> None:
+    """Also where a culture has answered twice: none of its lines is joined with another, which then is nobody else's answer."""
+    lines = [said("Japan"), said("Japan", 1), said("Italy", 1), said("Peru")]
+    for some, want in (
+        (lines, [{"Italy": 1}, {"Japan": 0}, {"Japan": 1}, {"Peru": 0}]),
+        (lines[1:], [{"Italy": 1, "Japan": 1, "Peru": 0}]),
+    ):
+        for order in itertools.permutations(some):
+            items = make_dataset(read_records(write(tmp_path / "x.jsonl", list(order))), None).items
+            found = [{name: int(shares.argmax()) for name, shares in item.targets.items()} for item in items]
+            assert sorted((dict(sorted(one.items())) for one in found), key=str) == want
+            assert {item.cluster for item in items} == {0}
+
+
+@pytest.mark.parametrize(
+    "cultures, want",
+    [
+        (["Peru"], ["country"]),
+        (["Peru", "Peru"], ["country", "country"]),
+        (["Peru", "Cuba"], [None]),
+        (["Peru", "Cuba", "Peru"], [None, None, None]),
+    ],
+)
+def test_what_several_have_answered_names_none_of_them(
+    tmp_path: Path, cultures: list[str], want: list[str | None]
+) -> None:
+    nobody = {**said("Peru"), "answer": {}}
+    records = [nobody, *(said(culture, names="country") for culture in cultures)]
+    dataset = make_dataset(read_records(write(tmp_path / "x.jsonl", records)), None)
+    assert [item.names for item in dataset.items] == want
+
+
 def test_aliases(source: Path) -> None:
     dataset = make_dataset(read_records(source), ["Tchad"], {"Chad": "Tchad"})
     assert dataset.cultures == ("Tchad",) and "Tchad" in dataset.items[0].targets
@@ -318,6 +378,39 @@ def test_scores_of_the_report(bench: Bench) -> None:
     assert section["matrices"] == []  # a prefix expert's context is its own: not everyone is asked everything
     accuracy = {row["row"]: row for row in bench.report["metrics"]["accuracy"]["rows"]}
     assert accuracy["uniform"]["pooled"]["mean"] == 0.5 and accuracy["uniform"]["pooled"]["low"] == 0.5
+
+
+def test_latency_is_measured_in_turn(
+    llama: Tiny, committee: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Everyone is asked a question that is not measured; then question by question, so that a machine that slows down does so for all.
+    What was measured group by group, by an earlier version, is not taken for it."""
+    calls: list[tuple[str, int]] = []
+    original = Engine.ask
+
+    def ask(self: Engine, question: str, options: list[str], experts: list[str]) -> Any:
+        assert self.cache_stats()["pages_kept"] == 0  # nothing of it is cached
+        original(self, question, options, experts)
+        calls.append((question, len(experts)))
+        return SimpleNamespace(timing={"total": float(len(calls))})
+
+    monkeypatch.setattr(Engine, "ask", ask)
+    cast = read_cast([committee], None)
+    dataset = make_dataset(read_records(source), cast.cultures)
+    bench = Bench(llama, cast, dataset, tmp_path)
+    asked = [item.prompt for item in dataset.items]
+    assert calls == [(question, count) for question in (asked[0], *asked) for count in (0, 1, 2)]
+    medians = {one["who"]: (one["questions"], one["median_ms"]) for one in bench.report["latency"]}
+    assert medians == {"base": (4, 8500), "mixed: 1 expert": (4, 9500), "mixed: 2 experts": (4, 10500)}
+    again = tmp_path / "again"
+    again.mkdir()
+    with Store(again / "computed.jsonl", *bench.store._salt[1:]) as store:
+        for jobs in bench.evaluation._timed_jobs.values():
+            store.add_seconds(
+                store.key("seconds", [(bench.computer.key(job), job.experts) for job in jobs]), [99.0] * 4
+            )
+    calls.clear()
+    assert Bench(llama, cast, dataset, again).report["latency"] == bench.report["latency"] and len(calls) == 15
 
 
 def test_only_those_asked_see_a_context_of_their_own(bench: Bench) -> None:

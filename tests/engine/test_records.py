@@ -58,6 +58,9 @@ def test_an_option_is_one_line_of_the_list(tmp_path: Path) -> None:
     (share,) = read(tmp_path, {"question": "what?", "options": options, "dist": {"Japan": [0.5, 0.5]}}).records
     assert prompt(share)[0].splitlines()[2:4] == ["A. rice and soup", "B. tea"]
     assert share.options == tuple(options)
+    apart = [" rice", "rice"]  # as texts that are scored they differ
+    (choice,) = read(tmp_path, changed(CHOICE, options=apart)).records
+    assert prompt(choice)[1] == apart
 
 
 def test_as_many_letters_as_the_alphabet_has(tmp_path: Path) -> None:
@@ -125,6 +128,10 @@ BAD: dict[str, tuple[Any, tuple[str, ...]]] = {
     "an option that is empty": (changed(CHOICE, options=["rice", " "]), ('options is ["rice", " "]; accepted',)),
     "an option that is a number": (changed(CHOICE, options=["rice", 2]), ('options is ["rice", 2]',)),
     "an option twice": (changed(CHOICE, options=["tea", "rice", "tea"]), ('options names "tea" twice',)),
+    "an option listed twice": (
+        changed(SHARE, options=["rice", " tea  time", "tea\ntime"]),
+        ('options lists "tea time" twice, white space aside; accepted: every option once',),
+    ),
     "an index beyond": (changed(CHOICE, answer={"Japan": 3}), ('answer of "Japan" is 3; accepted', "0 to 2")),
     "an index below": (changed(CHOICE, answer={"Japan": -1}), ('answer of "Japan" is -1',)),
     "an index that is true": (changed(CHOICE, answer={"Japan": True}), ('answer of "Japan" is true',)),

@@ -94,15 +94,19 @@ class Resampler:
         return Draws(sizes.sum(0).astype(np.int64), mean, draws)
 
     def macro(self, by_group: Draws) -> Estimate:
-        """The mean of the groups' means, each weighing the same; groups without pairs are left out."""
+        """The mean of the groups' means, each weighing the same; groups without pairs are left out.
+
+        A resample that holds nothing of a group is left out of the interval: its mean would be of other groups than the data's. Where
+        most are, what is left speaks for none, and there is no interval.
+        """
         there = by_group.n > 0
         if not there.any():
             return Estimate(0, float("nan"), float("nan"), float("nan"))
-        draws = by_group.draws[:, there]
-        known = np.isfinite(draws)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            mean = np.where(known, draws, 0).sum(1) / known.sum(1)
-        return estimate(int(by_group.n.sum()), float(by_group.mean[there].mean()), mean)
+        draws = by_group.draws[:, there].mean(1)  # NaN where a group is missing
+        known = draws[np.isfinite(draws)]
+        enough = len(known) >= len(draws) / 2
+        mean = float(by_group.mean[there].mean())
+        return estimate(int(by_group.n.sum()), mean, known if enough else known[:0])
 
     def auroc(self, wins: Floats, positive: NDArray[np.int64], negative: NDArray[np.int64]) -> Estimate:
         """Of a matrix `[positives, negatives]` of wins; `positive` and `negative` say which question each row and column is."""

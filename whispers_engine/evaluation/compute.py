@@ -142,23 +142,34 @@ class Computer:
 
     # --- latency ---------------------------------------------------------------------------------------------------------------
 
-    def time(self, jobs: Sequence[Job], what: str, progress: Progress) -> list[float]:
+    def time(self, groups: Sequence[Sequence[Job]], what: str, progress: Progress) -> list[list[float]]:
         """Seconds that each job takes alone, from submission to answer, nothing of it in the page pool. Kept as all else is: a rerun
-        says what was measured first."""
-        key = self.store.key("seconds", [(self.key(job), job.experts) for job in jobs])
+        says what was measured first.
+
+        Args:
+            groups: to be compared, of equally many jobs. Each asks its first job once unmeasured, so that none pays for warming up; then
+                they take turns, question by question, so that a machine that becomes slower does so for all.
+        """
+        # All together: what was measured on another day, or in another order, is not to be compared.
+        key = self.store.key("seconds in turn", [[(self.key(job), job.experts) for job in jobs] for jobs in groups])
         found = self.store.seconds(key)
         if found is None:
+            for jobs in groups:
+                self._time_alone(jobs[0])
             found = []
-            for job in jobs:
-                self.engine.pool.forget()
-                named = [self._names[expert] for expert in dict.fromkeys(job.experts) if expert != BASE]
-                answer = self.engine.ask(job.prompt, job.options, named)
-                found.append(answer.timing["total"])
-                progress(what, 1)
+            for turn in zip(*groups, strict=True):
+                for job in turn:
+                    found.append(self._time_alone(job))
+                    progress(what, 1)
             self.store.add_seconds(key, found)
         else:
-            progress(what, len(jobs))
-        return found
+            progress(what, len(found))
+        return [found[at :: len(groups)] for at in range(len(groups))]
+
+    def _time_alone(self, job: Job) -> float:
+        self.engine.pool.forget()
+        named = [self._names[expert] for expert in dict.fromkeys(job.experts) if expert != BASE]
+        return self.engine.ask(job.prompt, job.options, named).timing["total"]
 
 
 def profile_of(culture: str) -> str:

@@ -32,8 +32,9 @@ class Item:
         cluster: items of the same question text or the same `fact` have the same, and so have those that others link in this way.
         prompt, options: what is asked and what is scored.
         targets: every culture's shares, float64 `[options]`, summing to one; 1 at its answer.
-        names: what of the culture the question names ("country", "city"), where the record says so.
-        part: of the file, under `--by`; "other" for a record that does not say.
+        parts: of the file, under `--by`: each culture's answer is of its own line's; "other" for one that does not say.
+        names: what of the culture the question names ("country", "city"), where the record says so; a question that several cultures
+            answered names none of them.
     """
 
     record: Record
@@ -42,8 +43,8 @@ class Item:
     prompt: str
     options: tuple[str, ...]
     targets: Mapping[str, Floats]
+    parts: Mapping[str, str]
     names: str | None = None
-    part: str = "other"
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,8 +85,9 @@ class Dataset:
 
     @property
     def parts(self) -> list[str]:
-        """In their order of appearance."""
-        return list(dict.fromkeys(item.part for item in self.items))
+        """Of what is measured, in their order of appearance."""
+        found = (part for item in self.items for culture, part in item.parts.items() if culture in self.cultures)
+        return list(dict.fromkeys(found))
 
     @property
     def clusters(self) -> int:
@@ -120,7 +122,10 @@ class Dataset:
 def make_dataset(
     source: RecordFile, cultures: Sequence[str] | None, aliases: Aliases | None = None, by: str | None = None
 ) -> Dataset:
-    """Groups a file's records into questions.
+    """Groups a file's records into questions: lines that ask the same of different cultures are one.
+
+    Where a culture has answered a question twice, nothing says which of the two belongs beside the others' answers: each of its lines
+    stands alone, so that their order decides nothing.
 
     Args:
         cultures: whose answers are measured, where the file has them; None: everybody's.
@@ -139,12 +144,8 @@ def make_dataset(
         except WhispersError as error:
             raise WhispersError(f"{source.where(record)}: {error}") from error
         form = "dist" if isinstance(record, ShareRecord) else "answer"
-        lines = groups.setdefault((form, record.question, record.options), [])
-        # Lines of one culture each are one question, unless one has answered twice.
-        if lines and not set(lines[-1][1]) & set(targets):
-            lines[-1][1].update(targets)
-        else:
-            lines.append((record, targets))
+        if targets:
+            groups.setdefault((form, record.question, record.options), []).append((record, targets))
     counts = Counter(name for lines in groups.values() for _, targets in lines for name in targets)
     wanted = list(counts) if cultures is None else [name for name in cultures if name in counts]
     if not wanted:
@@ -159,12 +160,16 @@ def make_dataset(
         )
     alike, clusters, items = _alike(source, facts), dict[str, int](), []
     for (form, question, _), lines in groups.items():
-        for record, targets in lines:
+        answers = Counter(name for _, targets in lines for name in targets)
+        for some in [lines] if max(answers.values()) == 1 else [[line] for line in lines]:
+            targets = {name: shares for _, found in some for name, shares in found.items()}
             if any(name in targets for name in wanted):
                 cluster = clusters.setdefault(alike[question], len(clusters))
+                record = some[0][0]
                 asked, options = prompt(record)
-                more = (names.get(record.line), parts.get(record.line, "other"))
-                items.append(Item(record, form, cluster, asked, tuple(options), targets, *more))
+                mine = {name: parts.get(one.line, "other") for one, found in some for name in found}
+                named = names.get(record.line) if len(answers) == 1 else None
+                items.append(Item(record, form, cluster, asked, tuple(options), targets, mine, named))
     left_out = {name: counts[name] for name in sorted(counts) if name not in wanted}
     return Dataset(source, tuple(items), tuple(wanted), left_out)
 

@@ -79,8 +79,9 @@ class Section:
         whole = resampler.means(mine, pairs.cluster)
         each = resampler.means(mine, pairs.cluster, pairs.culture, len(names))
         guess = resampler.means(np.where(np.isfinite(mine), self._scores["uniform"], np.nan), pairs.cluster)
-        parts = self._dataset.parts
-        part = np.array([parts.index(self._dataset.items[at].part) for at in pairs.item.tolist()], dtype=np.int64)
+        parts, items = self._dataset.parts, self._dataset.items
+        of = zip(pairs.item.tolist(), pairs.culture.tolist(), strict=True)
+        part = np.array([parts.index(items[at].parts[names[culture]]) for at, culture in of], dtype=np.int64)
         of_part = resampler.means(mine, pairs.cluster, part, len(parts))
         of_guess = estimate(
             int(whole.n[0]), float(skill(whole.mean, guess.mean)[0]), skill(whole.draws, guess.draws)[:, 0]

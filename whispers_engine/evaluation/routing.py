@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from .bootstrap import Resampler, finite
 from .cast import Team
@@ -16,6 +17,7 @@ from .data import Asked, Dataset
 from .metrics import expected_calibration_error, reliability, wins
 
 Weights: TypeAlias = list[tuple[str, float]]  # experts' names, heaviest first
+Cluster: TypeAlias = int | str  # of the file's questions; the text of one that the router alone is asked
 
 
 class Router:
@@ -61,18 +63,17 @@ class Found:
     first: list[float] = field(default_factory=list)  # 1 where the culture's expert is the likeliest
     among: list[float] = field(default_factory=list)  # 1 where it is among the first three
     weight: list[float] = field(default_factory=list)  # of the likeliest, among all experts
-    cluster: list[int] = field(default_factory=list)
+    cluster: list[Cluster] = field(default_factory=list)
 
-    def add(self, weights: Weights, expert: str, cluster: int) -> None:
+    def add(self, weights: Weights, expert: str, cluster: Cluster) -> None:
         self.first.append(float(weights[0][0] == expert))
         self.among.append(float(expert in [name for name, _ in weights[:3]]))
         self.weight.append(weights[0][1])
         self.cluster.append(cluster)
 
     def to_dict(self, resamples: int, seed: int) -> dict[str, Any]:
-        clusters = {cluster: at for at, cluster in enumerate(dict.fromkeys(self.cluster))}
-        index = np.array([clusters[cluster] for cluster in self.cluster], dtype=np.int64)
-        resampler = Resampler(len(clusters), resamples, seed)
+        index, clusters = numbered(self.cluster)
+        resampler = Resampler(clusters, resamples, seed)
         bins = reliability(np.array(self.weight), np.array(self.first))
         return {
             "top1": resampler.means(np.array(self.first), index).estimate().to_dict(),
@@ -97,22 +98,22 @@ def measure(
         there are no such questions.
     """
     of = router.team.of
+    linked = {item.record.question: item.cluster for item in dataset.items}
     named: dict[str, Found] = {}
     told = Found()
     for item in dataset.items:
         for culture in dataset.cultures:
             if culture not in item.targets:
                 continue
-            # A question that several cultures answered names none of them.
-            if item.names is not None and len(item.targets) == 1:
-                named.setdefault(item.names, Found()).add(
-                    router.weights(item.prompt, None), of[culture], named_cluster(item.cluster)
-                )
+            if item.names is not None:
+                found = named.setdefault(item.names, Found())
+                found.add(router.weights(item.prompt, None), of[culture], item.cluster)
             if profile:
                 told.add(router.weights(item.prompt, culture), of[culture], item.cluster)
-    for index, one in enumerate(asked):
+    for one in asked:
         if one.names is not None and one.culture is not None and one.culture in of:
-            named.setdefault(one.names, Found()).add(router.weights(one.question, None), of[one.culture], index)
+            found = named.setdefault(one.names, Found())
+            found.add(router.weights(one.question, None), of[one.culture], linked.get(one.question, one.question))
     together = Found()
     for found in named.values():
         for key, values in vars(found).items():
@@ -124,32 +125,43 @@ def measure(
         }
         or None,
         "profile": told.to_dict(resamples, seed) if told.first else None,
-        "gate": _gate(router, dataset, asked, resamples, seed),
+        "gate": _gate(router, dataset, asked, linked, resamples, seed),
     }
 
 
-def named_cluster(cluster: int) -> int:
-    """Clusters of the file's questions, apart from the numbers of those asked of the router alone."""
-    return -1 - cluster
+def numbered(clusters: Sequence[Cluster]) -> tuple[NDArray[np.int64], int]:
+    """Each one's number, in their order of appearance, and how many there are."""
+    number = {cluster: at for at, cluster in enumerate(dict.fromkeys(clusters))}
+    return np.array([number[cluster] for cluster in clusters], dtype=np.int64), len(number)
 
 
 def _gate(
-    router: Router, dataset: Dataset, asked: Sequence[Asked], resamples: int, seed: int
+    router: Router,
+    dataset: Dataset,
+    asked: Sequence[Asked],
+    linked: Mapping[str, int],
+    resamples: int,
+    seed: int,
 ) -> Mapping[str, Any] | None:
-    neutral = list(dict.fromkeys(one.question for one in asked if one.culture is None))
+    """Every text counts once; texts of one cluster are drawn together. `linked`: the clusters of the file's question texts."""
+
+    def clusters_of(some: Iterable[Asked]) -> dict[str, Cluster]:
+        return {one.question: linked.get(one.question, one.question) for one in some}
+
+    neutral = clusters_of(one for one in asked if one.culture is None)
     if router.router.gate is None or not neutral:
         return None
-    sides = {
-        "file": list(dict.fromkeys(item.prompt for item in dataset.items)),
-        "questions": list(dict.fromkeys(one.question for one in asked if one.culture is not None)),
+    sides: dict[str, dict[str, Cluster]] = {
+        "file": {item.prompt: item.cluster for item in dataset.items},
+        "questions": clusters_of(one for one in asked if one.culture is not None),
     }
     low = np.array([router.stake(text) for text in neutral])
     found: dict[str, Any] = {"neutral": len(neutral), "neutral_refused": finite(float((low <= 0).mean()))}
     for side, texts in sides.items():
         if texts:
             high = np.array([router.stake(text) for text in texts])
-            resampler = Resampler(len(texts) + len(neutral), resamples, seed)
-            index = np.arange(len(texts) + len(neutral))
+            index, clusters = numbered([*texts.values(), *neutral.values()])
+            resampler = Resampler(clusters, resamples, seed)
             estimate = resampler.auroc(wins(high, low), index[: len(texts)], index[len(texts) :])
             found[side] = {
                 "n": len(texts),

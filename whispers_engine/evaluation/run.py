@@ -120,8 +120,7 @@ class Evaluation:
                 jobs.append(self._job(at, (*self._always, *experts)))
             computer.run(jobs, "questions", progress)
         computer.run(self._told, "base, told in words", progress)
-        for jobs in self._timed_jobs.values():
-            computer.time(jobs, "latency", progress)
+        computer.time(list(self._timed_jobs.values()), "latency", progress)
 
     @property
     def _timed(self) -> list[Job]:
@@ -205,8 +204,9 @@ class Evaluation:
 
     def _latency(self) -> list[dict[str, Any]]:
         found = []
-        for name, jobs in self._timed_jobs.items():
-            seconds = self._computer.time(jobs, "", lambda what, units: None)
+        groups = self._timed_jobs
+        times = self._computer.time(list(groups.values()), "", lambda what, units: None)
+        for name, seconds in zip(groups, times, strict=True):
             found.append(
                 {"who": name, "questions": len(seconds), "median_ms": round(float(np.median(seconds)) * 1e3, 2),
                  "p90_ms": round(float(np.quantile(seconds, 0.9)) * 1e3, 2)}
