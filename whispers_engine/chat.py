@@ -58,7 +58,11 @@ class ChatEncoder:
     @cached_property
     def content_hash(self) -> str:
         """Of all that a question's ids depend on beside its text: the tokenizer, the chat template and its settings."""
-        parts = [self.tokenizer.backend_tokenizer.to_str(), self.tokenizer.chat_template, self._template_kwargs]
+        backend = self.tokenizer.backend_tokenizer
+        # Not part of any id: tokenizer.json may cut and pad, and transformers sets both anew in every call, here as in `_encode`.
+        backend.no_truncation()
+        backend.no_padding()
+        parts = [backend.to_str(), self.tokenizer.chat_template, self._template_kwargs]
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
     def split(self, question: Question) -> tuple[list[int], list[int]]:
@@ -202,7 +206,9 @@ class ChatEncoder:
             check_text("messages", text)
             while len(self._encoded) >= _ENCODED_KEPT:
                 del self._encoded[next(iter(self._encoded))]
-            self._encoded[text] = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
+            # Through transformers: its backend alone would cut and pad, as tokenizer.json says or as whoever called it last wanted.
+            encoding = self.tokenizer(text, add_special_tokens=False, verbose=False)
+            self._encoded[text] = encoding.encodings[0]
         return self._encoded[text]
 
     def _text(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:

@@ -61,26 +61,27 @@ class ModelConfig:
             raise WhispersError(
                 f"{folder}: no config.json; accepted: a Hugging Face folder with config.json and safetensors"
             )
-        family = read_json(path).get("model_type")
+        raw = read_json(path)
+        family = raw.get("model_type")
         if family not in FAMILIES:
             raise WhispersError(f"{path}: model_type {family!r} is not supported; accepted: {', '.join(FAMILIES)}")
-        try:
-            hf = AutoConfig.from_pretrained(folder, local_files_only=True)
-        except Exception as error:  # transformers' validation raises several types of its own
-            raise WhispersError(f"{path}: transformers cannot read it: {error}") from error
 
         def refuse_unless(condition: bool, name: str, found: Any, accepted: str) -> None:
             if not condition:
                 raise WhispersError(f"{path}: {name} {found!r} is not supported; accepted: {accepted}")
 
-        window = getattr(hf, "sliding_window", None)
-        if family == "llama" or (window is not None and window >= hf.max_position_embeddings):
-            window = None
-        layer_types = set(getattr(hf, "layer_types", None) or ["full_attention"])
-        refuse_unless(
-            window is None and layer_types == {"full_attention"}, "sliding_window", window, "no active window"
-        )
-        refuse_unless(hf.hidden_act == "silu", "hidden_act", hf.hidden_act, "silu")
+        # Before transformers reads it: of such a config, most of what is asked for below is an error of its own type.
+        layers_apart = raw.get("per_layer_config")
+        refuse_unless(not layers_apart, "per_layer_config", layers_apart, "none, all layers alike")
+        try:
+            hf = AutoConfig.from_pretrained(folder, local_files_only=True)
+        except Exception as error:  # transformers' validation raises several types of its own
+            raise WhispersError(f"{path}: transformers cannot read it: {error}") from error
+
+        causal = getattr(hf, "is_causal", True)
+        refuse_unless(bool(causal), "is_causal", causal, "true")
+        _refuse_window(path, family, hf)
+        refuse_unless(hf.hidden_act in ("silu", "swish"), "hidden_act", hf.hidden_act, "silu")  # two names of one
         quantized = getattr(hf, "quantization_config", None)
         refuse_unless(quantized is None, "quantization_config", quantized, "float32, bfloat16 or float16 weights")
         rope = dict(hf.rope_parameters)
@@ -99,10 +100,11 @@ class ModelConfig:
             divides, "num_key_value_heads", kv_heads, f"a divisor of num_attention_heads {hf.num_attention_heads}"
         )
 
-        attention_bias = bool(getattr(hf, "attention_bias", False))
+        # The other two families' attention does not read the key: Qwen2's has its biases whatever it says, Mistral's has none.
+        attention_bias = family in ("llama", "qwen3") and bool(hf.attention_bias)
         generation = folder / "generation_config.json"
         eos = read_json(generation).get("eos_token_id") if generation.is_file() else None
-        eos = hf.eos_token_id if eos is None else eos
+        eos_file, eos = (path, hf.eos_token_id) if eos is None else (generation, eos)
         return cls(
             family=family,
             vocab_size=hf.vocab_size,
@@ -116,12 +118,12 @@ class ModelConfig:
             norm_eps=hf.rms_norm_eps,
             tied_head=hf.tie_word_embeddings,
             qkv_bias=family == "qwen2" or attention_bias,
-            out_bias=family in ("llama", "qwen3") and attention_bias,
+            out_bias=attention_bias,
             mlp_bias=family == "llama" and bool(getattr(hf, "mlp_bias", False)),
             qk_norm=family == "qwen3",
             rope_type=rope_type,
             rope={key: float(rope[key]) for key in ROPE_TYPES[rope_type]},
-            eos_ids=() if eos is None else (eos,) if isinstance(eos, int) else tuple(eos),
+            eos_ids=_eos_ids(eos_file, eos, hf.vocab_size),
             dtype=dtype,
         )
 
@@ -140,10 +142,41 @@ class ModelConfig:
         return inverse
 
 
+def _refuse_window(path: Path, family: str, hf: Any) -> None:
+    """Raises WhispersError where some layer does not see all positions that the model was made for."""
+    kinds = sorted(set(getattr(hf, "layer_types", None) or ()))
+    known = ("full_attention",) if family == "llama" else ("full_attention", "sliding_attention")
+    if not set(kinds) <= set(known):
+        raise WhispersError(f"{path}: layer_types {kinds} are not supported; accepted: {', '.join(known)}")
+    # Llama has no window; Mistral's is every layer's; Qwen's is that of the layers that are said to slide.
+    slides = family == "mistral" or "sliding_attention" in kinds
+    window = hf.sliding_window if slides else None
+    if window is not None and window < hf.max_position_embeddings:
+        raise WhispersError(
+            f"{path}: sliding_window {window!r} is not supported; accepted: no active window, that is null or at least "
+            f"max_position_embeddings {hf.max_position_embeddings}"
+        )
+
+
+def _eos_ids(path: Path, found: Any, vocab_size: int) -> tuple[int, ...]:
+    """Checks `eos_token_id`, which ends answers; transformers validates it in config.json only, and its range nowhere."""
+    ids = () if found is None else tuple(found) if isinstance(found, list) else (found,)
+    for value in ids:
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < vocab_size:
+            raise WhispersError(
+                f"{path}: eos_token_id {found!r} is not supported; accepted: null, an integer in [0, {vocab_size}) or a list of them"
+            )
+    return ids
+
+
 def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except OSError as error:  # its own text has the path a second time
+        raise WhispersError(
+            f"{path}: cannot be read: {error.strerror}; accepted: a file that holds a JSON object"
+        ) from error
+    except ValueError as error:
         raise WhispersError(f"{path}: cannot be read as JSON: {error}") from error
     if not isinstance(value, dict):
         raise WhispersError(f"{path}: holds a JSON {type(value).__name__}; accepted: an object")

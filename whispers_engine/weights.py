@@ -16,6 +16,7 @@ from .config import DTYPES, ModelConfig, read_json
 from .errors import WhispersError
 
 _SIGNS_PER_TENSOR = 4096
+_EMBEDDINGS, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 @dataclass(frozen=True)
@@ -106,11 +107,33 @@ class Checkpoint:
             )
         return value
 
+    def embeddings_name(self, config: ModelConfig) -> str:
+        """What the file calls the token embeddings. Tied, they may stand there as the head alone, or a second time as the head.
+
+        Raises:
+            WhispersError: a head of its own where the config ties it: transformers, too, would then not do as the config says.
+        """
+        if not config.tied_head or _HEAD not in self:
+            return _EMBEDDINGS
+        if _EMBEDDINGS not in self:
+            return _HEAD
+        table, head = (self.tensor(name, config.vocab_size, config.hidden_size) for name in (_EMBEDDINGS, _HEAD))
+        if not torch.equal(table, head):  # of values: one may be stored wider than the other
+            raise WhispersError(
+                f"{self.folder}: config.json says tie_word_embeddings true, but {_HEAD!r} differs from {_EMBEDDINGS!r}; accepted: "
+                f"tie_word_embeddings false, for a head of its own, or a file without {_HEAD!r}"
+            )
+        return _EMBEDDINGS
+
     def fingerprint(self, config: ModelConfig) -> str:
         """Names the base: the shape of the model and the signs of each tensor's first weights.
 
         Signs, since rounding to another dtype never changes one (not even when a value becomes zero), while another training does.
+
+        Raises:
+            WhispersError: as `embeddings_name`.
         """
+        embeddings = self.embeddings_name(config)
         digest = hashlib.sha256()
         shape = (
             config.vocab_size,
@@ -121,10 +144,12 @@ class Checkpoint:
             config.head_dim,
         )
         digest.update(repr((config.family, shape, config.rope_type, config.rope)).encode())
-        for name in sorted(self._where):
-            if name == "lm_head.weight" and config.tied_head:
-                continue  # some files repeat the embeddings under this name, some do not
-            value = self._where[name].get_tensor(name)
+        # Tied, it is the same base whether the file has the embeddings, the head, or both.
+        own = {_EMBEDDINGS if name == embeddings else name: name for name in self._where}
+        for name in sorted(own):
+            if name == _HEAD and config.tied_head:
+                continue
+            value = self._where[own[name]].get_tensor(own[name])
             if value.dtype not in DTYPES.values():
                 continue  # a buffer, or what `tensor` will refuse
             signs = torch.signbit(value.flatten()[:_SIGNS_PER_TENSOR])
@@ -171,10 +196,10 @@ def load_weights(checkpoint: Checkpoint, config: ModelConfig, dtype: torch.dtype
                 down_bias=get(f"{layer}.mlp.down_proj.bias", hidden) if config.mlp_bias else None,
             )
         )
-    embeddings = get("model.embed_tokens.weight", config.vocab_size, hidden)
+    embeddings = get(checkpoint.embeddings_name(config), config.vocab_size, hidden)
     return Weights(
         embeddings=embeddings,
         layers=tuple(layers),
         norm=get("model.norm.weight", hidden),
-        head=embeddings if config.tied_head else get("lm_head.weight", config.vocab_size, hidden),
+        head=embeddings if config.tied_head else get(_HEAD, config.vocab_size, hidden),
     )

@@ -3,6 +3,7 @@ piece, never a piece too many, and always the text that they are together."""
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,12 +14,12 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tests.engine.conftest import TEMPLATE, Tiny, kv_prompt, make_tokenizer, soft_prompt
 from tests.engine.oracle import oracle_logprobs
 from whispers_engine import Engine
-from whispers_engine.chat import ChatEncoder, TextStream
+from whispers_engine.chat import ChatEncoder, TextStream, load_tokenizer
 
 TURNS = "{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"
 THINKING = (
@@ -157,6 +158,59 @@ def test_other_template_arguments_reach_the_template(tokenizer: PreTrainedTokeni
     template = "<|start|>{{ where }}\n" + TEMPLATE
     context, _ = encoder(tokenizer, template, where="Kyoto").split(QUESTION)
     assert tokenizer.decode(context).startswith("<|start|>Kyoto\n<|start|>user\n")
+
+
+CUTS_AND_PADS = {
+    "truncation": {"direction": "Right", "max_length": 6, "strategy": "LongestFirst", "stride": 0},
+    "padding": {
+        "strategy": {"Fixed": 64},
+        "direction": "Right",
+        "pad_to_multiple_of": None,
+        "pad_id": 0,
+        "pad_type_id": 0,
+        "pad_token": "<|pad|>",
+    },
+}
+
+
+@pytest.mark.parametrize("blocks", [["truncation"], ["padding"], ["truncation", "padding"]], ids="+".join)
+def test_a_question_is_neither_cut_nor_padded(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, blocks: list[str]
+) -> None:
+    """Whatever tokenizer.json was saved with, and whatever was asked of the tokenizer before: as transformers itself has it."""
+    tokenizer.save_pretrained(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **{block: CUTS_AND_PADS[block] for block in blocks}}))
+    plain = encoder(tokenizer)
+    turns = [{"role": "user", "content": QUESTION}]
+    want = AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(
+        turns, tokenize=True, add_generation_prompt=True, return_dict=False
+    )
+    for before in (None, {"truncation": True, "max_length": 3}, {"padding": "max_length", "max_length": 50}):
+        loaded = load_tokenizer(tmp_path)
+        chat, hashed = (ChatEncoder(loaded, len(tokenizer)) for _ in range(2))
+        if before is not None:
+            loaded("rice, bread, tea", **before)
+        context, header = chat.split(QUESTION)
+        assert context + header == want and (context, header) == plain.split(QUESTION)
+        assert chat.own_tokens(QUESTION, context) == plain.own_tokens(QUESTION, context)
+        if before is not None:
+            loaded("rice, bread, tea", **before)
+        assert hashed.content_hash == chat.content_hash == plain.content_hash
+
+
+def test_special_tokens_are_split_where_the_tokenizer_says_so(tokenizer: PreTrainedTokenizerFast) -> None:
+    """A setting of transformers' own, which a call for one text may set otherwise for its own sake alone."""
+    split = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer, chat_template=TEMPLATE, split_special_tokens=True
+    )
+    want = split.apply_chat_template(
+        [{"role": "user", "content": QUESTION}], tokenize=True, add_generation_prompt=True, return_dict=False
+    )
+    chat = ChatEncoder(split, len(tokenizer))
+    split("<|end|>", split_special_tokens=False)
+    (context, header), plain = chat.split(QUESTION), encoder(tokenizer).split(QUESTION)
+    assert context + header == want != plain[0] + plain[1]
 
 
 # --- in the engine -----------------------------------------------------------------------------------------------------------------

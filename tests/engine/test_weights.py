@@ -94,10 +94,32 @@ def test_head_is_tied_as_the_config_says(tiny: Tiny, tmp_path: Path) -> None:
         save_file(own, folder / "model.safetensors", metadata={"format": "pt"})
         hf = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
         torch.testing.assert_close(scores(tiny, folder), wanted(hf, tiny), atol=TOLERANCE, rtol=0)
-    assert_same_weights(tied, repeated)
-    assert fingerprint(tied) == fingerprint(repeated)
+    # The embeddings under the head's name alone, as transformers takes them too.
+    alone = copied(tied, tmp_path / "alone")
+    own = load_file(tied / "model.safetensors")
+    own["lm_head.weight"] = own.pop("model.embed_tokens.weight")
+    save_file(own, alone / "model.safetensors", metadata={"format": "pt"})
+    hf = AutoModelForCausalLM.from_pretrained(alone, attn_implementation="eager").eval()
+    torch.testing.assert_close(scores(tiny, alone), wanted(hf, tiny), atol=TOLERANCE, rtol=0)
+    for folder in (repeated, alone):
+        assert_same_weights(tied, folder)
+        assert fingerprint(tied) == fingerprint(folder)
     assert (scores(tiny, tied) - scores(tiny, untied)).abs().max() > 0.1
     assert fingerprint(tied) != fingerprint(untied)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_head_that_repeats_the_embeddings_in_another_dtype(llama: Tiny, tmp_path: Path, dtype: torch.dtype) -> None:
+    """The values are compared, not how they are stored."""
+    folder = copied(llama.folder, tmp_path / "tied", tie_word_embeddings=True)
+    own = load_file(folder / "model.safetensors")
+    narrow = own["model.embed_tokens.weight"].to(dtype)
+    save_file(
+        {**own, "model.embed_tokens.weight": narrow, "lm_head.weight": narrow.float()}, folder / "model.safetensors"
+    )
+    config = ModelConfig.load(folder)
+    weights = load_weights(Checkpoint(folder), config, torch.float32, torch.device("cpu"))
+    assert weights.head is weights.embeddings and torch.equal(weights.head, narrow.float())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -226,6 +248,42 @@ def test_rope_in_the_old_form(llama: Tiny, tmp_path: Path) -> None:
     torch.testing.assert_close(scores(llama, old), wanted(hf, llama), atol=TOLERANCE, rtol=0)
 
 
+def with_attention_biases(folder: Path) -> None:
+    """Adds what the config of a Mistral may ask for, and its attention never has."""
+    own = load_file(folder / "model.safetensors")
+    for name in [name for name in own if name.endswith("_proj.weight") and ".self_attn." in name]:
+        own[name.replace(".weight", ".bias")] = torch.full((own[name].shape[0],), 0.5)
+    save_file(own, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+SLIDES, WHOLE = "sliding_attention", "full_attention"
+WITHOUT_EFFECT: dict[str, tuple[str, dict[str, Any]]] = {
+    "mistral's biases": ("mistral", {"attention_bias": True}),
+    "mistral's window as long as its contexts": ("mistral", {"sliding_window": 512, "layer_types": [WHOLE, SLIDES, WHOLE]}),
+    "qwen2's attention_bias": ("qwen2", {"attention_bias": False}),
+    "qwen2's window on no layer": ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "layer_types": [WHOLE] * 3}),
+    "qwen3's window as long as its contexts": (
+        "qwen3",
+        {"use_sliding_window": True, "sliding_window": 512, "layer_types": [SLIDES, WHOLE, SLIDES]},
+    ),
+    "another name of silu": ("llama", {"hidden_act": "swish"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WITHOUT_EFFECT)
+def test_keys_without_effect(tmp_path: Path, case: str) -> None:
+    """What transformers reads and computes nothing else for is accepted, and is the same base's function."""
+    family, keys = WITHOUT_EFFECT[case]
+    base = make_tiny(family, tmp_path / "base")
+    folder = copied(base.folder, tmp_path / "copy", **keys)
+    if keys.get("attention_bias"):
+        with_attention_biases(folder)
+    hf = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+    got = scores(base, folder)
+    torch.testing.assert_close(got, wanted(hf, base), atol=TOLERANCE, rtol=0)
+    torch.testing.assert_close(got, scores(base, base.folder), atol=TOLERANCE, rtol=0)
+
+
 def end_tokens(folder: Path, config: Any, generation: Any) -> Path:
     """Sets the end tokens of config.json and generation_config.json; a generation of None takes that file away."""
     path, other = folder / "config.json", folder / "generation_config.json"
@@ -239,7 +297,16 @@ def end_tokens(folder: Path, config: Any, generation: Any) -> Path:
 
 @pytest.mark.parametrize(
     ("config", "generation", "accepted"),
-    [(2, [2, 7], (2, 7)), ([2, 9], 7, (7,)), ([2, 9], None, (2, 9)), (2, None, (2,)), (None, None, ())],
+    [
+        (2, [2, 7], (2, 7)),
+        ([2, 9], 7, (7,)),
+        ([2, 9], None, (2, 9)),
+        (2, None, (2,)),
+        (None, None, ()),
+        (2, [0, 319], (0, 319)),  # the vocabulary's edges
+        (319, None, (319,)),
+        (320, 2, (2,)),  # of no use where the other file has them
+    ],
 )
 def test_end_tokens(llama: Tiny, tmp_path: Path, config: Any, generation: Any, accepted: tuple[int, ...]) -> None:
     """generation_config.json's, one or a list; config.json's where there is none."""
