@@ -6,7 +6,7 @@
 
 namespace whispers::WHISPERS_ISA {
 
-// The nearest number, ties to even; NaN beyond the largest, 448, as torch has it.
+// The nearest number, ties to even, which beyond the largest is 448 itself; NaN for an infinity, which the format has not, and for NaN.
 inline Fp8 to_fp8(float x) {
   uint32_t bits;
   __builtin_memcpy(&bits, &x, sizeof bits);
@@ -17,10 +17,10 @@ inline Fp8 to_fp8(float x) {
   uint32_t code;
   if (size < 0x1p-6f) {
     code = static_cast<uint32_t>(__builtin_rintf(size * 512.0f));  // a multiple of 2^-9; 8 is the smallest normal number
-  } else if (size <= 464.0f) {                                     // halfway to what would be 480: rounds to 448
+  } else if (size < 448.0f) {
     code = ((bits + 0x7ffff + (bits >> 20 & 1)) >> 20) - (120 << 3);
   } else {
-    code = 0x7f;
+    code = size < __builtin_inff() ? 0x7e : 0x7f;
   }
   return {static_cast<uint8_t>(sign | code)};
 }

@@ -1,7 +1,8 @@
 // The likeliest token of each row of logits, and its log-probability: what greedy decoding wants, without a distribution written and read.
 // Nor are logits, where the product that makes them is given instead.
 //
-// The normaliser is `pool_logits`' own, chunk by chunk, so the log-probability has the bits of a pool of that row alone.
+// The normaliser is `pool_logits`' own, chunk by chunk, and so is what is subtracted: the log-probability has the bits of a pool of that row
+// alone, where it is a number, and is NaN where that is.
 #pragma once
 
 #include "linear.h"
@@ -92,7 +93,8 @@ inline void likeliest(const Likeliest& a, const Crew& crew) {
     int64_t chunk = 0;
     while (chunk + 1 < chunks && s.parts[row * chunks + chunk].top != whole.top) ++chunk;
     a.tokens[row] = s.first[row * chunks + chunk];
-    a.logprobs[row] = -__builtin_logf(whole.total);
+    // x - top + offset, of x = top and the weight 1: 0 where all the others are nothing, NaN where no number is finite.
+    a.logprobs[row] = (whole.top - whole.top) + (0.0f - __builtin_logf(whole.total));
   }
 }
 

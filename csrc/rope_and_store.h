@@ -29,19 +29,18 @@ template <class T>
 inline void store_head(const T* x, T* page, float*, int64_t dim) {
   __builtin_memcpy(page, x, dim * sizeof(T));
 }
-// Scaled, so that the largest number of the head becomes the largest of e4m3.
+// Scaled, so that the largest number of the head becomes the largest of e4m3. As the definition: an infinity gives an infinite scale; a
+// NaN, or numbers so small that the scale would be 0, a scale of 1.
 template <class T>
 inline void store_head(const T* x, Fp8* page, float* scale, int64_t dim) {
-  Vec most = zero(), strange = zero();
+  Vec most = zero(), nan = zero();
   for (int64_t at = 0; at < dim; at += W) {
     const Vec v = load(x + at, dim - at);
-    most = max(magnitude(v), most);
-    strange = fma(v, zero(), strange);  // NaN where v is not finite
+    most = max(magnitude(v), most);  // `most` where v is NaN
+    nan = select(equal(v, v), nan, v);
   }
-  const float found = largest(most), any = sum(strange);
-  // As the definition: an infinity gives an infinite scale, NaN beside it or alone a scale of 1.
-  const bool has_nan = any != any && found < __builtin_inff();
-  *scale = found > 0 && !has_nan ? found / 448.0f : 1.0f;
+  const float found = largest(most) / 448.0f, any = sum(nan);
+  *scale = found > 0 && any == any ? found : 1.0f;
   const Vec divisor = splat(*scale);
   for (int64_t at = 0; at < dim; at += W) {
     float quotient[W];

@@ -3,8 +3,10 @@
 #include <pthread.h>
 #include <sched.h>
 
+#include <atomic>
 #include <chrono>
 #include <cstdlib>
+#include <exception>
 
 namespace whispers {
 namespace {
@@ -39,13 +41,15 @@ constexpr std::chrono::microseconds kAwake{200};
 
 std::mutex g_making;
 Team* g_team = nullptr;  // never destroyed: its threads may sleep until the process ends
+std::atomic<int> g_threads{0};  // what was asked for last, for the team of a child; 0: nothing was
 
 void* grown(void* old, int64_t bytes) {
   std::free(old);
   return std::aligned_alloc(kLine, (bytes + kLine - 1) / kLine * kLine);
 }
 
-int default_threads() {
+int threads_of_a_new_team() {
+  if (g_threads.load() > 0) return g_threads.load();
   unsigned found = std::thread::hardware_concurrency();
   return found == 0 ? 1 : static_cast<int>(found);
 }
@@ -61,10 +65,16 @@ Team::~Team() {
 }
 
 void Team::start(int threads) {
-  size_ = threads < 1 ? 1 : threads;
   stopping_ = false;
+  try {
+    own_.reserve(threads < 1 ? 1 : threads);
+    for (int thread = 1; thread < threads; ++thread) workers_.emplace_back(&Team::work, this, thread);
+  } catch (const std::exception&) {
+    // The system starts no more, or has no memory for them: the team is those that it did start. Who calls from C knows no exceptions.
+  }
+  // Workers look at these once a body runs.
+  size_ = static_cast<int>(workers_.size()) + 1;
   own_.resize(size_, nullptr);
-  for (int thread = 1; thread < size_; ++thread) workers_.emplace_back(&Team::work, this, thread);
 }
 
 void Team::stop() {
@@ -156,7 +166,7 @@ Team& Team::instance() {
                      });
       registered = true;
     }
-    g_team = new Team(default_threads());
+    g_team = new Team(threads_of_a_new_team());
   }
   return *g_team;
 }
@@ -164,6 +174,7 @@ Team& Team::instance() {
 void Team::resize(int threads) {
   Turn turn;
   Team& team = turn.team;
+  g_threads.store(threads);
   if (threads == team.size_) return;
   team.stop();
   for (void*& memory : team.own_) {

@@ -36,7 +36,7 @@ class Team {
  public:
   using Body = void (*)(void* context, const Crew& crew);
 
-  explicit Team(int threads);
+  explicit Team(int threads);  // or as many as the system starts
   ~Team();
   Team(const Team&) = delete;
   Team& operator=(const Team&) = delete;
@@ -51,7 +51,7 @@ class Team {
   // is faster for what takes a few microseconds.
   void run(Body body, void* context, bool alone = false);
 
-  // The process's team, made when first asked for (and again in a child after fork, whose threads are gone).
+  // The process's team, made when first asked for (and again in a child after fork, whose threads are gone, of as many).
   static Team& instance();
   static void resize(int threads);
 

@@ -11,6 +11,7 @@ import importlib.util
 import os
 from collections.abc import Callable
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -102,6 +103,17 @@ def _check_float(name: str, tensor: Tensor) -> None:
     _require(tensor.dtype in _FLOATS, f"{name}: dtype {tensor.dtype}; accepted: {', '.join(map(str, _FLOATS))}")
 
 
+def _may_read(tensor: Tensor) -> bool:
+    """Whether its numbers are checked: not on a GPU, which the host would have to wait for, nor while torch.compile traces."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _check_range(name: str, numbers: Tensor, least: int, after: int) -> None:
+    if _may_read(numbers) and numbers.numel() > 0:
+        low, high = (int(number) for number in torch.aminmax(numbers))
+        _require(least <= low and high < after, f"{name}: {low} to {high}; accepted: {least} to {after - 1}")
+
+
 def _check_pages(
     k_pages: Tensor, v_pages: Tensor, heads: int, dim: int, k_scale: Tensor | None, v_scale: Tensor | None
 ) -> None:
@@ -163,12 +175,15 @@ def committee_attention(
     Returns:
         `[R, Hq, D]` in q's dtype; a key named by two segments counts twice; a row that sees nothing gives zeros. With `return_lse`
         also float32 `[R, Hq]`, natural log, -inf for such a row. A value that is not finite makes NaN of the rows that see its key; a
-        compiled kernel may extend that to earlier rows of the same segment, never to another branch's.
+        compiled kernel may extend that to other rows of a segment that names the key, where it is in one block with keys that they
+        see: earlier rows, and with a window also later ones, which have left it behind; never to rows that see no such segment.
+        Where a score is +inf, or a sum of weighted values leaves float32 on its way, result and log-sum-exp are NaN or infinite, in
+        each implementation in its own way.
 
     Raises:
-        ValueError: shapes, dtypes or scales that do not fit, a plan for other rows, or pages beyond the pool.
+        ValueError: shapes, dtypes or scales that do not fit, no heads, a plan for other rows, or pages beyond the pool.
     """
-    _require(q.dim() == 3, f"q: {_shape(q)}; accepted: [rows, q_heads, head_dim]")
+    _require(q.dim() == 3 and 0 not in q.shape[1:], f"q: {_shape(q)}; accepted: [rows, q_heads, head_dim], heads not 0")
     _check_float("q", q)
     _require(k_pages.dim() == 4, f"k_pages: {_shape(k_pages)}; accepted: [pages, page_size, kv_heads, head_dim]")
     kv_heads = k_pages.shape[2]
@@ -218,7 +233,8 @@ def embed_rows(ids: Tensor, table: Tensor, soft: Tensor | None = None, *, impl: 
     """Token embeddings and soft-prompt rows in one gather.
 
     Args:
-        ids: int64 `[R]`; below `V` a row of `table`, from `V` on row `ids - V` of `soft`. The caller keeps them in range.
+        ids: int64 `[R]`; below `V` a row of `table`, from `V` on row `ids - V` of `soft`. On a GPU the caller keeps them in range:
+            they are not read to be checked.
         table: `[V, hidden]`, any float dtype.
         soft: `[P, hidden]` virtual token embeddings, or None. They are rounded to the table's dtype.
 
@@ -226,7 +242,7 @@ def embed_rows(ids: Tensor, table: Tensor, soft: Tensor | None = None, *, impl: 
         `[R, hidden]` in the table's dtype.
 
     Raises:
-        ValueError: ids that are not int64 `[R]`, or widths that differ.
+        ValueError: ids that are not int64 `[R]` or, on the CPU, name no row; dtypes or widths that do not fit.
     """
     _require(ids.dim() == 1 and ids.dtype == torch.int64, f"ids: {_shape(ids)}; accepted: int64 [rows]")
     _require(table.dim() == 2, f"table: {_shape(table)}; accepted: [vocabulary, hidden]")
@@ -236,6 +252,8 @@ def embed_rows(ids: Tensor, table: Tensor, soft: Tensor | None = None, *, impl: 
             soft.dim() == 2 and soft.shape[1] == table.shape[1],
             f"soft: {_shape(soft)}; accepted: [virtual tokens, {table.shape[1]}], as wide as the table",
         )
+        _check_float("soft", soft)
+    _check_range("ids", ids, 0, table.shape[0] + (0 if soft is None else soft.shape[0]))
     return torch.ops.whispers.embed_rows(ids, table, soft, check_impl(impl, table.device))
 
 
@@ -246,7 +264,7 @@ def rms_norm(
 
     Args:
         x: `[..., D]`, any float dtype.
-        weight: `[D]`.
+        weight: `[D]`, any float dtype.
         eps: added to the mean square.
         residual: like x, or None.
 
@@ -254,9 +272,10 @@ def rms_norm(
         `rms_norm(x)`; with a residual the pair `(rms_norm(x + residual), x + residual)`. x's shape and dtype.
 
     Raises:
-        ValueError: a weight of another width, a residual of another shape or dtype.
+        ValueError: a weight of another width, a residual of another shape or dtype, another dtype.
     """
     _check_float("x", x)
+    _check_float("weight", weight)
     _require(weight.shape == x.shape[-1:], f"weight: {_shape(weight)}; accepted: [{x.shape[-1]}], x's last dimension")
     if residual is None:
         return torch.ops.whispers.rms_norm(x, weight, eps, check_impl(impl, x.device))
@@ -286,21 +305,28 @@ def rope_and_store(
         q: `[R, Hq, D]`, not rotated; any float dtype.
         k, v: `[R, Hkv, D]`, in q's dtype.
         cos, sin: float32 (or q's dtype) `[R, D/2]`, of each row's position; half-split layout, as transformers has it.
-        slots: int64 `[R]`, `page * page_size + offset` for each row's key; -1: not stored. No slot twice.
+        slots: int64 `[R]`, `page * page_size + offset` for each row's key; -1: not stored. No slot twice. On a GPU the caller keeps
+            them within the pool: they are not read to be checked.
         k_pages, v_pages: `[N, page_size, Hkv, D]`, written.
-        k_scale, v_scale: float32 `[N, page_size, Hkv]`, written; needed by and only by fp8 pages (per token: largest magnitude / 448).
+        k_scale, v_scale: float32 `[N, page_size, Hkv]`, written; needed by and only by fp8 pages. Of a head of a token the largest
+            magnitude / 448: infinite with an infinity, 1 where that is 0 or a NaN is among the numbers. What does not fit e4m3 once
+            divided is ±448, an infinity NaN.
 
     Returns:
         The rotated q, `[R, Hq, D]`.
 
     Raises:
-        ValueError: shapes, dtypes or scales that do not fit.
+        ValueError: shapes, dtypes or scales that do not fit, no heads, or, on the CPU, slots beyond the pool.
     """
-    _require(q.dim() == 3 and q.shape[2] % 2 == 0, f"q: {_shape(q)}; accepted: [rows, q_heads, an even head_dim]")
+    _require(
+        q.dim() == 3 and q.shape[2] % 2 == 0 and 0 not in q.shape[1:],
+        f"q: {_shape(q)}; accepted: [rows, q_heads, an even head_dim], heads not 0",
+    )
     _check_float("q", q)
     rows, _, dim = q.shape
     _require(
         k.dim() == 3
+        and k.shape[1] > 0
         and k.shape == v.shape
         and (k.shape[0], k.shape[2]) == (rows, dim)
         and k.dtype == v.dtype == q.dtype,
@@ -310,8 +336,11 @@ def rope_and_store(
         cos.shape == sin.shape == (rows, dim // 2),
         f"cos {_shape(cos)} and sin {_shape(sin)}; accepted: [{rows}, {dim // 2}]",
     )
+    _check_float("cos", cos)
+    _check_float("sin", sin)
     _require(slots.shape == (rows,) and slots.dtype == torch.int64, f"slots: {_shape(slots)}; accepted: int64 [{rows}]")
     _check_pages(k_pages, v_pages, k.shape[1], dim, k_scale, v_scale)
+    _check_range("slots", slots, -1, k_pages.shape[0] * k_pages.shape[1])
     return torch.ops.whispers.rope_and_store(
         q, k, v, cos, sin, slots, k_pages, v_pages, k_scale, v_scale, check_impl(impl, q.device)
     )
@@ -340,14 +369,15 @@ def pool_logits(logits: Tensor, weights: Tensor, group_ptr: Tensor, rule: str, *
     Args:
         logits: `[R, V]`, any float dtype.
         weights: float32 `[R]`, not negative, summing to one in each group. A weight of 0 leaves its row out.
-        group_ptr: int32 `[C+1]`; group c is rows `[group_ptr[c], group_ptr[c+1])`.
+        group_ptr: int32 `[C+1]`, ascending within `[0, R]`; group c is rows `[group_ptr[c], group_ptr[c+1])`. On a GPU the caller
+            keeps it so: it is not read to be checked.
         rule: "mixture", `log sum_e w_e p_e`; or "product", `log_softmax(sum_e w_e log p_e)`.
 
     Returns:
         Log-probabilities, float32 `[C, V]`. A `product` that rules every token out is -inf throughout.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit, or another rule.
+        ValueError: shapes or dtypes that do not fit, another rule, or, on the CPU, a `group_ptr` that does not ascend within `[0, R]`.
     """
     _require(logits.dim() == 2, f"logits: {_shape(logits)}; accepted: [rows, vocabulary]")
     _check_float("logits", logits)
@@ -359,6 +389,12 @@ def pool_logits(logits: Tensor, weights: Tensor, group_ptr: Tensor, rule: str, *
         group_ptr.dim() == 1 and group_ptr.dtype == torch.int32 and group_ptr.shape[0] >= 1,
         f"group_ptr: {_shape(group_ptr)}; accepted: int32 [groups + 1]",
     )
+    if _may_read(group_ptr):
+        bounds = group_ptr.tolist()
+        _require(
+            all(begin <= end for begin, end in pairwise([0, *bounds, logits.shape[0]])),
+            f"group_ptr: {bounds}; accepted: ascending from 0 to {logits.shape[0]}",
+        )
     _require(rule in POOL_RULES, f"rule: {rule!r}; accepted: {', '.join(POOL_RULES)}")
     return torch.ops.whispers.pool_logits(logits, weights, group_ptr, rule, check_impl(impl, logits.device))
 

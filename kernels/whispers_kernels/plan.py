@@ -14,6 +14,8 @@ from torch import Tensor
 
 from .schedule import Column, Columns, Schedule, lay_out
 
+FARTHEST = 2**30  # position from 0, either way: kernels hold the difference of two in 32 bits
+
 
 class Segment(NamedTuple):
     """Consecutive keys in pages, and the consecutive rows that see them."""
@@ -91,10 +93,13 @@ class Plan:
         """Builds a plan from `(pages, length, key_begin, row_begin, row_end)` tuples and one position a row.
 
         Raises:
-            ValueError: a negative page or length, a length without pages, or rows outside `[0, len(positions)]`; names the segment.
+            ValueError: a negative page or length, a length without pages, rows outside `[0, len(positions)]`, or keys farther than 2^30
+                from position 0; names the segment. Or a row as far.
         """
         table = [Segment(*segment) for segment in segments]
         rows = len(positions)
+        if rows and not -FARTHEST <= min(positions) <= max(positions) <= FARTHEST:
+            raise ValueError(f"positions: {min(positions)} to {max(positions)}; accepted: {-FARTHEST} to {FARTHEST}")
         pages_needed, page_size_needed, page_ptr = 0, 1, [0]
         for index, segment in enumerate(table):
             if segment.length < 0 or (segment.length > 0 and not segment.pages):
@@ -104,6 +109,11 @@ class Plan:
             if not 0 <= segment.row_begin <= segment.row_end <= rows:
                 raise ValueError(
                     f"segment {index}: rows [{segment.row_begin}, {segment.row_end}) lie outside the step's [0, {rows})"
+                )
+            end = segment.key_begin + segment.length
+            if not -FARTHEST <= segment.key_begin <= end <= FARTHEST:
+                raise ValueError(
+                    f"segment {index}: keys at [{segment.key_begin}, {end}); accepted: within [{-FARTHEST}, {FARTHEST})"
                 )
             if segment.pages:
                 if min(segment.pages) < 0:

@@ -16,6 +16,14 @@ from torch import Tensor
 FP8_MAX = 448.0  # largest finite float8_e4m3fn
 
 
+def to_fp8(x: Tensor) -> Tensor:
+    """The nearest float8_e4m3fn, which beyond the largest is the largest itself. The format has no infinity: NaN.
+
+    torch's own conversion of what is beyond 448 has been NaN and is 448, infinities included: it is asked for neither.
+    """
+    return x.masked_fill(x.isinf(), math.nan).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+
+
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -148,9 +156,10 @@ def rope_and_store(
         values = values[kept]
         if scales is not None:
             largest = values.abs().amax(-1).float()  # [r, Hkv]
-            token_scale = torch.where(largest > 0, largest / FP8_MAX, torch.ones_like(largest))
+            # An infinity makes it infinite. NaN, also beside an infinity, and what underflows leave it 1: they are not above 0.
+            token_scale = torch.where(largest / FP8_MAX > 0, largest / FP8_MAX, torch.ones_like(largest))
             scales.view(-1, scales.shape[-1])[slots] = token_scale
-            values = values.float() / token_scale[..., None]
+            values = to_fp8(values.float() / token_scale[..., None])
         store.view(-1, *store.shape[2:])[slots] = values.to(store.dtype)
     return rotate(q, cos, sin)
 

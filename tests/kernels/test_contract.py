@@ -145,6 +145,17 @@ def test_operators_write_what_their_schema_says_and_nothing_else(name: str, numb
         assert same != (written and arg is not None), argument.name
 
 
+def test_checks_of_numbers_do_not_stand_in_a_compilers_way() -> None:
+    """torch.compile traces without numbers: those that are checked on the CPU are not asked for."""
+
+    def both(table: Tensor, ids: Tensor, group_ptr: Tensor) -> Tensor:
+        x = ops.embed_rows(ids, table, impl="reference")
+        return ops.pool_logits(x, torch.ones(2), group_ptr, "mixture", impl="reference")
+
+    args = f32(5, 3), ints(4, 0, dtype=INT64), ints(0, 1, 2)
+    assert torch.equal(torch.compile(both, fullgraph=True, backend="eager")(*args), both(*args))
+
+
 def test_every_operator_is_checked_above() -> None:
     registered = {
         name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("whispers::")

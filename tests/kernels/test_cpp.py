@@ -111,8 +111,31 @@ def test_the_number_of_threads_changes_no_bits(threads: object) -> None:
         assert cpp.num_threads() == number
         results.append((committee_attention(q, pages, pages, plan, impl="cpp"), rms_norm(x, weight, 1e-6, impl="cpp")))
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
-    with pytest.raises(ValueError, match="threads: 0; accepted: at least 1"):
-        cpp.set_num_threads(0)
+
+
+@pytest.mark.parametrize("number", (0, -1, 4097, 2**31, 2**32 + 3))  # the last is 3 in 32 bits
+def test_no_number_of_threads(number: int) -> None:
+    from whispers_kernels import cpp
+
+    before = cpp.num_threads()
+    with pytest.raises(ValueError, match=f"threads: {number}; accepted: 1 to 4096"):
+        cpp.set_num_threads(number)
+    assert cpp.num_threads() == before
+
+
+def test_threads_that_the_system_does_not_start_are_done_without() -> None:
+    """There is address space for the stacks of some of them."""
+    done = python(
+        "-c",
+        "import resource, torch; from whispers_kernels import cpp, silu_mul\n"
+        "x = torch.randn(64, 1024); expected = silu_mul(x, impl='cpp')\n"
+        "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (used + 2**28, resource.RLIM_INFINITY))\n"
+        "cpp.set_num_threads(1000); found = cpp.num_threads()\n"
+        "same = torch.equal(silu_mul(x, impl='cpp'), expected); cpp.set_num_threads(2)\n"
+        "print(1 < found < 1000, same, cpp.num_threads(), torch.equal(silu_mul(x, impl='cpp'), expected))",
+    )
+    assert done.stdout.split() == ["True", "True", "2", "True"], done.stderr
 
 
 def test_nothing_is_read_of_what_the_call_before_left() -> None:
@@ -143,6 +166,34 @@ def test_a_forked_process_has_threads_of_its_own() -> None:
     if child == 0:
         os._exit(0 if torch.equal(silu_mul(x, impl="cpp"), expected) else 1)
     assert os.waitpid(child, 0)[1] == 0
+
+
+def test_a_forked_process_has_as_many_threads(threads: object) -> None:
+    from whispers_kernels import cpp
+
+    x = normal(64, 1024, dtype=torch.float32)
+    for number in (1, 5):
+        cpp.set_num_threads(number)
+        child = os.fork()
+        if child == 0:
+            silu_mul(x, impl="cpp")
+            os._exit(cpp.num_threads())
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == number
+
+
+def test_fp8_is_for_pages_alone() -> None:
+    """Whoever passes `ops` by: weights of fp8 would be read as float16, beyond their end."""
+    from whispers_kernels import cpp
+    from whispers_kernels.cpp.likeliest import likeliest
+
+    x, eighths = normal(2, 16, dtype=torch.float32), normal(2, 16).to(FP8)
+    for call in (
+        lambda: cpp.IMPLS["rms_norm"](x, eighths[0], 1e-6),
+        lambda: cpp.IMPLS["embed_rows"](torch.tensor([2]), x, eighths),
+        lambda: likeliest(eighths),
+    ):
+        with pytest.raises(ValueError, match=r"impl='cpp': float8_e4m3fn .* accepted: float32, bfloat16, float16"):
+            call()
 
 
 def test_pools_that_are_not_read_in_place_are_refused() -> None:

@@ -34,7 +34,8 @@ def test_cpp_takes_the_first_of_the_largest(
     tokens, logprobs = likeliest(logits)
     expected = torch.tensor([row.tolist().index(row.max()) for row in logits])
     assert torch.equal(tokens, expected)
-    assert torch.equal(logprobs, logp.gather(1, expected[:, None])[:, 0])
+    # Bits: where all the others are nothing it is 0, not -0.
+    assert torch.equal(logprobs.view(torch.int32), logp.gather(1, expected[:, None])[:, 0].view(torch.int32))
     exact = logits.double().log_softmax(1).gather(1, expected[:, None])[:, 0]
     assert float((logprobs.double() - exact).abs().max()) < 1e-5
 
@@ -44,8 +45,18 @@ def test_cpp_names_a_token_of_rows_that_are_no_numbers() -> None:
 
     logits = torch.tensor([[math.nan] * 20, [-math.inf] * 20, [1.0, math.nan] + [0.0] * 18])
     tokens, logprobs = likeliest(logits)
-    assert all(0 <= token < 20 for token in tokens) and bool(logprobs.isnan().tolist()[0]) and bool(logprobs[2].isnan())
+    assert all(0 <= token < 20 for token in tokens) and bool(logprobs.isnan().all())
+    pools = pool_logits(logits, torch.ones(3), torch.arange(4, dtype=torch.int32), "mixture", impl="cpp")
+    assert bool(pools.gather(1, tokens[:, None]).isnan().all())
     assert likeliest(torch.zeros(0, 20))[0].shape == (0,)
+
+
+@pytest.mark.parametrize("shape", [(2, 0), (0, 0), (3,), (1, 2, 3)], ids=str)
+def test_cpp_refuses_what_has_no_token(shape: tuple[int, ...]) -> None:
+    from whispers_kernels.cpp.likeliest import likeliest
+
+    with pytest.raises(ValueError, match=r"logits: \[.*\]; accepted: \[rows, vocabulary\], at least one token"):
+        likeliest(torch.zeros(shape))
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)

@@ -75,10 +75,13 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
 FLOATS = "accepted: torch.float32, torch.bfloat16, torch.float16, torch.float64"
 PAGES = "[pages, page_size, kv_heads, head_dim]"
 POOL, SCALE = (4, 3, 2, 4), (4, 3, 2)
+FAR = 2**30
 TABLE: list[tuple[str, dict[str, Any], tuple[str, str, str]]] = [
     ("attention", {"q": f32(2, 4)}, ("q:", "[2, 4] float32", "accepted: [rows, q_heads, head_dim]")),
     ("attention", {"q": whole(2, 4, 4)}, ("q:", "torch.int64", FLOATS)),
     ("attention", {"q": fp8(2, 4, 4)}, ("q:", "torch.float8_e4m3fn", FLOATS)),
+    ("attention", {"q": f32(2, 0, 4)}, ("q:", "[2, 0, 4] float32", "heads not 0")),
+    ("attention", {"q": f32(2, 4, 0), **pools(f32(4, 3, 2, 0))}, ("q:", "[2, 4, 0] float32", "heads not 0")),
     ("attention", {"k_pages": f32(*SCALE)}, ("k_pages:", "[4, 3, 2] float32", f"accepted: {PAGES}")),
     ("attention", {"v_pages": f32(*SCALE)}, ("v_pages", "[4, 3, 2] float32", PAGES)),
     ("attention", {"v_pages": f32(4, 3, 2, 5)}, ("v_pages", "[4, 3, 2, 5] float32", PAGES)),
@@ -111,13 +114,24 @@ TABLE: list[tuple[str, dict[str, Any], tuple[str, str, str]]] = [
     ("embed", {"table": whole(5, 3)}, ("table:", "torch.int64", FLOATS)),
     ("embed", {"soft": f32(3)}, ("soft:", "[3] float32", "accepted: [virtual tokens, 3]")),
     ("embed", {"soft": f32(2, 4)}, ("soft:", "[2, 4] float32", "accepted: [virtual tokens, 3]")),
+    ("embed", {"soft": fp8(2, 3)}, ("soft:", "torch.float8_e4m3fn", FLOATS)),
+    ("embed", {"soft": whole(2, 3)}, ("soft:", "torch.int64", FLOATS)),
+    ("embed", {"ids": torch.tensor([2, -1])}, ("ids:", "-1 to 2", "accepted: 0 to 6")),
+    ("embed", {"ids": torch.tensor([7, 0])}, ("ids:", "0 to 7", "accepted: 0 to 6")),
+    ("embed", {"ids": torch.tensor([5, 4]), "soft": None}, ("ids:", "4 to 5", "accepted: 0 to 4")),
     ("norm", {"x": whole(2, 3)}, ("x:", "torch.int64", FLOATS)),
+    ("norm", {"weight": fp8(3)}, ("weight:", "torch.float8_e4m3fn", FLOATS)),
+    ("norm", {"weight": fp8(3), "residual": None}, ("weight:", "torch.float8_e4m3fn", FLOATS)),
+    ("norm", {"weight": whole(3)}, ("weight:", "torch.int64", FLOATS)),
     ("norm", {"weight": f32(2)}, ("weight:", "[2] float32", "accepted: [3]")),
     ("norm", {"weight": f32(1, 3)}, ("weight:", "[1, 3] float32", "accepted: [3]")),
     ("norm", {"residual": f32(3)}, ("residual:", "[3] float32", "accepted: [2, 3] float32")),
     ("norm", {"residual": f16(2, 3)}, ("residual:", "[2, 3] float16", "accepted: [2, 3] float32")),
     ("rope", {"q": f32(3, 4)}, ("q:", "[3, 4] float32", "accepted: [rows, q_heads, an even head_dim]")),
     ("rope", {"q": f32(3, 4, 3)}, ("q:", "[3, 4, 3] float32", "accepted: [rows, q_heads, an even head_dim]")),
+    ("rope", {"q": f32(3, 0, 4)}, ("q:", "[3, 0, 4] float32", "heads not 0")),
+    ("rope", {"q": f32(3, 4, 0)}, ("q:", "[3, 4, 0] float32", "heads not 0")),
+    ("rope", {"k": f32(3, 0, 4), "v": f32(3, 0, 4)}, ("k ", "[3, 0, 4] float32", "[3, kv_heads, 4]")),
     ("rope", {"q": whole(3, 4, 4)}, ("q:", "torch.int64", FLOATS)),
     ("rope", {"k": f32(3, 4), "v": f32(3, 4)}, ("k ", "[3, 4] float32", "[3, kv_heads, 4] in q's dtype")),
     ("rope", {"k": f32(2, 2, 4), "v": f32(2, 2, 4)}, ("k ", "[2, 2, 4] float32", "[3, kv_heads, 4] in q's dtype")),
@@ -127,6 +141,10 @@ TABLE: list[tuple[str, dict[str, Any], tuple[str, str, str]]] = [
     ("rope", {"v": f16(3, 2, 4)}, ("v ", "[3, 2, 4] float16", "[3, kv_heads, 4] in q's dtype")),
     ("rope", {"cos": f32(3, 4)}, ("cos ", "[3, 4] float32", "accepted: [3, 2]")),
     ("rope", {"sin": f32(2, 2)}, ("sin ", "[2, 2] float32", "accepted: [3, 2]")),
+    ("rope", {"cos": fp8(3, 2)}, ("cos:", "torch.float8_e4m3fn", FLOATS)),
+    ("rope", {"sin": whole(3, 2)}, ("sin:", "torch.int64", FLOATS)),
+    ("rope", {"slots": torch.tensor([5, 12, 0])}, ("slots:", "0 to 12", "accepted: -1 to 11")),
+    ("rope", {"slots": torch.tensor([5, -2, 0])}, ("slots:", "-2 to 5", "accepted: -1 to 11")),
     ("rope", {"slots": whole(2)}, ("slots:", "[2] int64", "accepted: int64 [3]")),
     ("rope", {"slots": whole(3, dtype=INT32)}, ("slots:", "[3] int32", "accepted: int64 [3]")),
     ("rope", pools(f32(4, 3, 4)), ("k_pages", "[4, 3, 4] float32", PAGES)),
@@ -143,6 +161,9 @@ TABLE: list[tuple[str, dict[str, Any], tuple[str, str, str]]] = [
     ("pool", {"group_ptr": whole(2)}, ("group_ptr:", "[2] int64", "accepted: int32 [groups + 1]")),
     ("pool", {"group_ptr": whole(0, dtype=INT32)}, ("group_ptr:", "[0] int32", "accepted: int32 [groups + 1]")),
     ("pool", {"group_ptr": whole(1, 2, dtype=INT32)}, ("group_ptr:", "[1, 2] int32", "accepted: int32 [groups + 1]")),
+    ("pool", {"group_ptr": torch.tensor([0, 4]).int()}, ("group_ptr:", "[0, 4]", "accepted: ascending from 0 to 3")),
+    ("pool", {"group_ptr": torch.tensor([-2, 3]).int()}, ("group_ptr:", "[-2, 3]", "accepted: ascending from 0 to 3")),
+    ("pool", {"group_ptr": torch.tensor([3, 1]).int()}, ("group_ptr:", "[3, 1]", "accepted: ascending from 0 to 3")),
     ("pool", {"rule": "mean"}, ("rule:", "'mean'", "accepted: mixture, product")),
     ("plan", {"segments": [([0], -1, 0, 0, 2)]}, ("segment 0:", "length -1", "1 pages")),
     ("plan", {"segments": [*SEGMENTS, ([], 5, 0, 0, 2)]}, ("segment 2:", "length 5", "0 pages")),
@@ -150,6 +171,11 @@ TABLE: list[tuple[str, dict[str, Any], tuple[str, str, str]]] = [
     ("plan", {"segments": [([0], 1, 0, 2, 1)]}, ("segment 0:", "rows [2, 1)", "[0, 2)")),
     ("plan", {"segments": [*SEGMENTS, ([0], 1, 0, 0, 3)]}, ("segment 2:", "rows [0, 3)", "[0, 2)")),
     ("plan", {"segments": [([4, -2], 1, 0, 0, 2)]}, ("segment 0:", "page -2", "negative")),
+    ("plan", {"segments": [*SEGMENTS, ([0], 2, FAR - 1, 0, 2)]}, ("segment 2:", f"[{FAR - 1}, {FAR + 1})", f"{FAR})")),
+    ("plan", {"segments": [([0], 2, -FAR - 1, 0, 2)]}, ("segment 0:", f"[{-FAR - 1}, ", f"accepted: within [{-FAR}, ")),
+    ("plan", {"segments": [([0], 2, 2**40, 0, 2)]}, ("segment 0:", f"[{2**40}, ", f"accepted: within [{-FAR}, ")),
+    ("plan", {"positions": [6, FAR + 1]}, ("positions:", f"6 to {FAR + 1}", f"accepted: {-FAR} to {FAR}")),
+    ("plan", {"positions": [-FAR - 1, 5]}, ("positions:", f"{-FAR - 1} to 5", f"accepted: {-FAR} to {FAR}")),
 ]
 
 
@@ -157,6 +183,18 @@ TABLE: list[tuple[str, dict[str, Any], tuple[str, str, str]]] = [
 def test_the_unchanged_calls_are_accepted(name: str) -> None:
     function, arguments = FUNCTIONS[name]
     function(**arguments)
+
+
+def test_the_farthest_that_are_accepted() -> None:
+    """The last id, slot, group and position."""
+    for name, changed in (
+        ("embed", {"ids": torch.tensor([0, 6])}),
+        ("rope", {"slots": torch.tensor([11, -1, 0])}),
+        ("pool", {"group_ptr": torch.tensor([1, 1, 3, 3]).int()}),
+        ("plan", {"segments": [([0], 2, FAR - 2, 0, 2), ([0], 2, -FAR, 0, 1)], "positions": [FAR, -FAR]}),
+    ):
+        function, arguments = FUNCTIONS[name]
+        function(**{**arguments, **changed})
 
 
 @pytest.mark.parametrize("name, changed, words", TABLE)

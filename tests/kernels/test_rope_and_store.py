@@ -144,6 +144,31 @@ def test_fp8_pages_hold_the_nearest_number(impl: str) -> None:
 
 
 @every_impl
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the interpreter's numpy
+def test_fp8_pages_of_heads_without_a_scale(impl: str) -> None:
+    """Not a number, infinite, or so small that it would be 0. What is beyond 448 is 448, infinity NaN, whatever torch makes of it."""
+    inf, nan, least = math.inf, math.nan, 2.0**-149
+    heads = [
+        ([1.0, -2.0, inf, nan], 1.0, [1.0, -2.0, nan, nan]),
+        ([nan, 500.0, -1e9, 448.0], 1.0, [nan, 448.0, -448.0, 448.0]),
+        ([1.0, -inf, 0.0, 3.0], inf, [0.0, nan, 0.0, 0.0]),
+        ([3e38, 1.0, -3e38, 1.5e38], float(torch.tensor(3e38) / 448), [448.0, 0.0, -448.0, 224.0]),
+        ([least, 0.0, -least, 0.0], 1.0, [0.0] * 4),
+        ([224 * least, 0.0, 0.0, 0.0], 1.0, [0.0] * 4),  # half of the least: to even
+        ([671 * least, 100 * least, -671 * least, 0.0], least, [448.0, 96.0, -448.0, 0.0]),
+        ([0.0, 0.0, -0.0, 0.0], 1.0, [0.0] * 4),
+    ]
+    v = torch.tensor([numbers for numbers, _, _ in heads])[None]
+    k = torch.ones_like(v)
+    pools = [*torch.zeros(2, 1, 2, len(heads), 4).to(FP8), *torch.zeros(2, 1, 2, len(heads))]
+    there = [x.to(device_of(impl)) for x in (k, k, v)]
+    rope(*there, torch.zeros(1, 2), torch.tensor([1]), *pools, impl=impl)
+    assert pools[3][0, 1].tolist() == [scale for _, scale, _ in heads]
+    expected = torch.tensor([numbers for _, _, numbers in heads])
+    torch.testing.assert_close(pools[1][0, 1].float(), expected, rtol=0, atol=0, equal_nan=True)
+
+
+@every_impl
 def test_storing_what_fp8_pages_hold_changes_nothing(impl: str) -> None:
     q, k, v = inputs(impl, torch.float32, 4, 2, 16)
     slots, still = torch.arange(7), torch.zeros(7, 8)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .library import address, check_pages, dense, dtype_of, operation, page_layout
+from .library import address, check_pages, dense, dtype_of, operation, page_dtype_of, page_layout
 
 _committee_attention = operation("committee_attention", "36q2d")
 
@@ -38,7 +38,7 @@ def committee_attention(
     work: list[Tensor],  # the tensors of a `Work`
     sizes: list[int],  # its numbers
 ) -> tuple[Tensor, Tensor]:
-    kind, page_kind = dtype_of(q), dtype_of(k_pages)
+    kind, page_kind = dtype_of(q), page_dtype_of(k_pages)
     check_pages(k_pages, v_pages, k_scale, v_scale)
     q = dense(q)
     rows, q_heads, dim = q.shape

@@ -50,6 +50,8 @@ def _choose(library: ctypes.CDLL, here: tuple[str, ...]) -> str:
     return wanted
 
 
+MOST_THREADS = 4096  # more than any machine has cores: a slip
+
 _LIBRARY = _load()
 _ISAS = _isas(_LIBRARY)
 _ISA = _choose(_LIBRARY, _ISAS)
@@ -77,17 +79,17 @@ def num_threads() -> int:
 
 
 def set_num_threads(threads: int) -> None:
-    """Sets it; at import it is `torch.get_num_threads()`.
+    """Sets it, for forked processes too; at import it is `torch.get_num_threads()`. Where the system starts fewer, it is those.
 
     Raises:
-        ValueError: less than one.
+        ValueError: less than one, or more than `MOST_THREADS`.
     """
-    if threads < 1:
-        raise ValueError(f"threads: {threads}; accepted: at least 1")
+    if not 1 <= threads <= MOST_THREADS:
+        raise ValueError(f"threads: {threads}; accepted: 1 to {MOST_THREADS}")
     _LIBRARY.whispers_set_threads(ctypes.c_int64(threads))
 
 
-set_num_threads(torch.get_num_threads())
+set_num_threads(min(torch.get_num_threads(), MOST_THREADS))
 
 
 class Operation:
@@ -115,18 +117,24 @@ def operation(name: str, layout: str) -> Operation:
 
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_PAGES = {**_DTYPES, torch.float8_e4m3fn: 3}
+_FP8 = 3  # of pages alone: nothing else is read as such
 
 
 def dtype_of(tensor: Tensor) -> int:
     """The number that `csrc/types.h` gives its dtype.
 
     Raises:
-        ValueError: float64.
+        ValueError: float64, or what only pages may be.
     """
-    if tensor.dtype not in _PAGES:
-        raise ValueError("impl='cpp': float64 is not computed; accepted: float32, bfloat16, float16")
-    return _PAGES[tensor.dtype]
+    if tensor.dtype not in _DTYPES:
+        found = str(tensor.dtype).removeprefix("torch.")
+        raise ValueError(f"impl='cpp': {found} is not computed; accepted: float32, bfloat16, float16")
+    return _DTYPES[tensor.dtype]
+
+
+def page_dtype_of(pages: Tensor) -> int:
+    """The same of pages, which may be float8_e4m3fn."""
+    return _FP8 if pages.dtype == torch.float8_e4m3fn else dtype_of(pages)
 
 
 def address(tensor: Tensor | None) -> int:

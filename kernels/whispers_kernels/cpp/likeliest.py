@@ -15,8 +15,13 @@ _NO_HEAD = (0,) * 20
 def likeliest(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Each row's likeliest token, int64 `[R]` (of equal ones the first), and its log-probability, float32 `[R]`, of logits `[R, V]`.
 
-    The log-probability has the bits that `pool_logits` gives a pool of that row alone.
+    The log-probability has the bits that `pool_logits` gives a pool of that row alone; NaN where that is NaN.
+
+    Raises:
+        ValueError: another shape, no vocabulary, or another dtype than float32, bfloat16 and float16.
     """
+    if logits.ndim != 2 or logits.shape[1] == 0:
+        raise ValueError(f"logits: {list(logits.shape)}; accepted: [rows, vocabulary], at least one token")
     logits = dense(logits)
     rows, vocabulary = logits.shape
     return _of(_NO_HEAD, logits, rows, vocabulary, dtype_of(logits))

@@ -25,7 +25,8 @@ class PackedLinear:
 
     A row's bits depend on that row alone, not on how many others there are. bfloat16 weights meet x rounded to bfloat16, float32 and
     float16 weights meet it as float32 (float16 is packed as float32). Sums are float32, rounded once, to the result's dtype. Of a row that
-    is not finite any number may be NaN.
+    is not finite any number may be NaN. Of int8 weights the scale of an output meets its sum last: where 127 times the sum of a row's
+    magnitudes leaves float32, a result is infinite or NaN, however small the weights are.
 
     Args:
         weight: `[N, K]` float32, bfloat16 or float16 on the CPU; not kept.

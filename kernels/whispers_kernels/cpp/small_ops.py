@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .library import address, check_pages, dense, dtype_of, operation, page_layout
+from .library import address, check_pages, dense, dtype_of, operation, page_dtype_of, page_layout
 
 _embed_rows = operation("embed_rows", "12q")
 _rms_norm = operation("rms_norm", "11qd")
@@ -64,8 +64,8 @@ def rope_and_store(
     k_scale: Tensor | None,
     v_scale: Tensor | None,
 ) -> Tensor:
-    kind, page_kind = dtype_of(q), dtype_of(k_pages)
-    dtype_of(cos)
+    kind, page_kind = dtype_of(q), page_dtype_of(k_pages)
+    dtype_of(cos), dtype_of(sin)  # refused where they are float64
     check_pages(k_pages, v_pages, k_scale, v_scale)
     q, k, v = dense(q), dense(k), dense(v)
     cos, sin, slots = cos.float().contiguous(), sin.float().contiguous(), slots.contiguous()

@@ -33,14 +33,18 @@ def turn(first, second, cos, sin):
 
 @triton.jit
 def to_e4m3(x):
-    """The bits of float8_e4m3fn nearest to a float32 (ties to even, NaN beyond the largest), for every GPU: sm_80 has no such type."""
+    """The bits of float8_e4m3fn nearest to a float32 (ties to even; beyond the largest that), for every GPU: sm_80 has no such type.
+
+    NaN for an infinity, which the format has not, and for NaN.
+    """
     bits = x.to(tl.uint32, bitcast=True)
     magnitude = bits & 0x7FFFFFFF
     # Normal numbers: rounded to 3 bits of mantissa, the exponent's bias changed from 127 to 7.
     normal = ((magnitude + 0x7FFFF + ((magnitude >> 20) & 1)) >> 20).to(tl.int32) - (120 << 3)
     # Below 2^-6 the step is 2^-9, that of a float32 between 2^14 and 2^15.
     small = (magnitude.to(tl.float32, bitcast=True) + 16384.0).to(tl.int32, bitcast=True) - 0x46800000
-    code = tl.where(magnitude < 0x3C800000, small, tl.minimum(normal, 0x7F))
+    code = tl.where(magnitude < 0x3C800000, small, tl.minimum(normal, 0x7E))
+    code = tl.where(magnitude < 0x7F800000, code, 0x7F)
     return (code | (bits >> 24).to(tl.int32) & 0x80).to(tl.uint8)
 
 
@@ -53,7 +57,8 @@ def store_token(pages, scales, first, second, slot, head, d, inside, page_stride
         # As integers magnitudes compare as they do as numbers, and NaN is the largest.
         bits = tl.maximum(first.to(tl.int32, bitcast=True) & 0x7FFFFFFF, second.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
         largest = tl.max(bits, axis=1).to(tl.float32, bitcast=True)  # [BLOCK_H]
-        scale = tl.where(largest > 0, tl.div_rn(largest, 448.0), 1.0)
+        scale = tl.div_rn(largest, 448.0)
+        scale = tl.where(scale > 0, scale, 1.0)
         tl.store(scales + slot * HKV + head, scale, mask=head < tl.where(slot >= 0, HKV, 0))
         divisor = tl.broadcast_to(scale[:, None], first.shape)
         tl.store(pages + at, to_e4m3(tl.div_rn(first, divisor)), mask=inside)
