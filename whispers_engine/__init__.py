@@ -3,7 +3,7 @@
 from .engine import Engine
 from .errors import WhispersError
 from .experts import Committee, Expert
-from .request import Answer, Done, ExpertAnswer, Failed, Finished, Request, Routed, ScoreResult, Token
+from .request import Answer, Done, ExpertAnswer, Failed, Finished, Request, Routed, Scored, ScoreResult, Standing, Token
 from .sampling import SamplingParams
 
 __version__ = "0.1.0"
@@ -20,6 +20,8 @@ __all__ = [
     "Routed",
     "SamplingParams",
     "ScoreResult",
+    "Scored",
+    "Standing",
     "Token",
     "WhispersError",
 ]

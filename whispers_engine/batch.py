@@ -1,4 +1,4 @@
-"""One step's rows: from a tree of spans to ids, slots and a plan (DESIGN section 3)."""
+"""One step's rows: from a tree of spans to ids, slots and a plan (docs/architecture.md)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a question to token ids: what is context, what is header (DESIGN section 2), and back from ids to text."""
+"""From a question to token ids: what is context, what is header (docs/semantics.md), and back from ids to text."""
 
 from __future__ import annotations
 

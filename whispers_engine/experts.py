@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .config import ModelConfig, read_json
 from .errors import WhispersError
-from .files import new_folder, write_json
+from .files import new_folder, system_errors, write_json
 from .router import FILE as ROUTER_FILE
 from .router import Router, load_router
 
@@ -115,6 +115,7 @@ class Expert:
             what = "[layers, kv_heads, head_dim]"
         if found != want:
             raise WhispersError(f"{who}: {what} {found}; this base has {want}")
+        _check_length(self.name, self.num_tokens, config)
         if self.base is not None and self.base != fingerprint:
             raise WhispersError(f"{who}: made for the base {self.base}; this base's fingerprint is {fingerprint}")
 
@@ -139,6 +140,7 @@ class Expert:
         if virtual_tokens is not None and virtual_tokens < 1:
             raise WhispersError(f"expert {name!r}: virtual_tokens {virtual_tokens}; accepted: at least 1")
         length = virtual_tokens or len(ids)
+        _check_length(name, length, engine.model.config)
         ids = (ids * -(-length // len(ids)))[:length]
         embeddings = engine.model.embed(torch.tensor(ids, device=engine.model.device))
         return cls(name, embeddings, placement, culture=culture, base=engine.fingerprint, record={"text": text})
@@ -245,7 +247,8 @@ class Expert:
                 "PREFIX_TUNING",
                 {"prefix_projection": False, "num_layers": layers, "num_attention_heads": heads},
             )
-        save_file({_KEY: value}, folder / _TENSORS, metadata={"format": "pt"})
+        with system_errors(folder / _TENSORS):
+            save_file({_KEY: value}, folder / _TENSORS, metadata={"format": "pt"})
         config = {
             "peft_type": peft_type,
             "task_type": "CAUSAL_LM",
@@ -264,6 +267,15 @@ def check_name(name: str) -> str:
             f"'base', '{_COMMITTEE}' or '{ROUTER_FILE}'"
         )
     return name
+
+
+def _check_length(name: str, tokens: int, config: ModelConfig) -> None:
+    """Raises WhispersError for a soft prompt that no question fits beside: it would be kept, and refused whenever it is asked."""
+    if tokens + 2 > config.max_position:  # a token of the question, one of the answer
+        raise WhispersError(
+            f"expert {name!r}: {tokens} virtual tokens; accepted: at most {config.max_position - 2}, which leaves room for a question "
+            f"and its answer in this base's max_position_embeddings {config.max_position}"
+        )
 
 
 def _room_for(folder: Path, mark: str) -> Path:

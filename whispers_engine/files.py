@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # whose errors name no file where a write meets them
 
 
 @contextmanager
@@ -19,7 +25,8 @@ def new_folder(target: Path) -> Iterator[Path]:
     try:
         new, old = work / "new", work / "old"
         new.mkdir()
-        yield new
+        with _named(new, target):
+            yield new
         for path in new.iterdir():
             path.chmod(0o755 if path.is_dir() else 0o644)  # some writers make private files; results are not
         try:
@@ -40,8 +47,35 @@ def new_file(target: Path) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.", suffix=".partial") as work:
         path = Path(work) / target.name
-        yield path
+        with _named(path, target):
+            yield path
         path.replace(target)
+
+
+@contextmanager
+def system_errors(path: Path) -> Iterator[None]:
+    """Around safetensors' `save_file`, which has an error of its own type for what the system refuses, such as a full disk: an OSError
+    that names the file, as any other writer raises."""
+    try:
+        yield
+    except SafetensorError as error:
+        number = re.search(r"I/O error: (.*) \(os error (\d+)\)", str(error))
+        if number is None:
+            raise OSError(errno.EIO, str(error), str(path)) from error
+        raise OSError(int(number[2]), number[1], str(path)) from error
+
+
+@contextmanager
+def _named(new: Path, target: Path) -> Iterator[None]:
+    """An error of the system names the place that was meant, not the temporary one that becomes it."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno in _FULL:
+            error.filename = str(target)
+        elif isinstance(error.filename, str | Path) and Path(error.filename).is_relative_to(new):
+            error.filename = str(target / Path(error.filename).relative_to(new))
+        raise
 
 
 def write_json(path: Path, value: Any) -> None:

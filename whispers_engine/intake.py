@@ -305,7 +305,15 @@ class Intake:
             raise WhispersError(
                 f"options: {options!r}; accepted: a list of strings or of lists of token ids, not empty"
             )
-        return [self._chat.option(option) for option in options]
+        tokens = [self._chat.option(option) for option in options]
+        first: dict[tuple[int, ...], object] = {}  # of one that is there twice, each would have a share of its own
+        for option, ids in zip(options, tokens, strict=True):
+            if tuple(ids) in first:
+                same = first[tuple(ids)]
+                again = "" if same == option else f", by the same tokens as {same!r}"
+                raise WhispersError(f"options names {option!r} twice{again}; accepted: every option once")
+            first[tuple(ids)] = option
+        return tokens
 
     def _context(self, ids: list[int], member: Member | None, contexts: dict[str, Context]) -> Context:
         """The context that a branch hangs from: its own where it sees the soft prompt, one for all where it does not."""

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from .errors import WhispersError
-from .files import new_folder, write_json
+from .files import new_folder, system_errors, write_json
 from .gguf_layout import ROTATED, half_split, hf_name, part_of
 
 Progress = Callable[[str, int, int], None]  # what is being done, how far, of how much
@@ -149,7 +149,8 @@ def _convert(gguf_path: Path, folder: Path, progress: Progress) -> None:
             value = half_split(value, heads[part])
         tensors[hf_name(tensor.name)] = np.ascontiguousarray(value)
         progress("converting", index + 1, len(reader.tensors))
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with system_errors(folder / "model.safetensors"):
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     _write_config(meta, "output.weight" not in {tensor.name for tensor in reader.tensors}, folder)
     _write_tokenizer(meta, folder)
 

@@ -1,4 +1,4 @@
-"""Records: questions with what people answered, one JSON object a line, and how a record becomes a prompt (DESIGN section 5)."""
+"""Records: questions with what people answered, one JSON object a line, and how a record becomes a prompt."""
 
 from __future__ import annotations
 

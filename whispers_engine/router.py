@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .errors import WhispersError
+from .files import new_file, system_errors
 from .reading import MeanReader, Reader, TokenReader
 
 if TYPE_CHECKING:
@@ -120,10 +121,9 @@ class Router(ABC):
     def save(self, folder: str | Path) -> None:
         """Writes `router.safetensors` into a committee's folder, whole or not at all."""
         tensors, text = self._parts()
-        partial = Path(folder) / f".{FILE}.partial"
-        save_file(tensors, partial, metadata={_META: text})
-        partial.chmod(0o644)  # temporary files are private; results are not
-        partial.replace(Path(folder) / FILE)
+        with new_file(Path(folder) / FILE) as path, system_errors(path):
+            save_file(tensors, path, metadata={_META: text})
+            path.chmod(0o644)  # temporary files are private; results are not
 
     def _parts(self) -> tuple[dict[str, Tensor], str]:
         """Its tensors, and everything else as JSON."""

@@ -35,7 +35,9 @@ def read_examples(path: str | Path) -> list[Example]:
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise WhispersError(f"{path}: cannot be read: {error}; accepted: a file of examples") from error
+        # The whole text of an error of the system has the path a second time.
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise WhispersError(f"{path}: cannot be read: {reason}; accepted: a file of examples") from error
     examples = []
     for number, line in enumerate(lines, 1):
         if not line.strip():

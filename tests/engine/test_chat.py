@@ -1,4 +1,4 @@
-"""Questions become context and header where DESIGN section 2 puts the border, whatever the chat template; tokens become text piece by
+"""Questions become context and header where docs/semantics.md puts the border, whatever the chat template; tokens become text piece by
 piece, never a piece too many, and always the text that they are together."""
 
 from __future__ import annotations

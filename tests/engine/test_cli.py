@@ -15,12 +15,16 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
+import tests.engine.test_pull as pulls
+import whispers_engine.experts as experts_module
 import whispers_engine.pull as pull_module
 from tests.engine.conftest import Tiny, kv_prompt, soft_prompt
 from whispers_engine import Answer, Committee, Engine, Expert, ExpertAnswer, SamplingParams
 from whispers_engine.cli.main import run
 
+base = pulls.base  # a fixture: what a pull of `pulls.NAME` fetches
 ROOT = Path(__file__).parents[2]
 QUESTION = "what do people eat for breakfast"
 OPTIONS = ["rice", "bread", "tea"]
@@ -322,7 +326,7 @@ def test_create_list_show(whispers: Whispers, llama: Tiny, tmp_path: Path) -> No
     )
     assert first.status == 0
     tokens = len(llama.tokenizer.encode(text))
-    assert first.out.replace("\n", "") == f"{folder / 'japan'}: {tokens} virtual tokens, suffix"
+    assert first.out == f"{folder / 'japan'}: {tokens} virtual tokens, suffix\n"
     line = ("experts", "create", "1.b_c-d", "--text", text, "--committee", folder)
     assert whispers(*line, "--placement", "detached", "--virtual-tokens", 20).status == 0
 
@@ -356,10 +360,21 @@ def test_create_list_show(whispers: Whispers, llama: Tiny, tmp_path: Path) -> No
     assert row(table, "shape") == ["shape", f"[{tokens}, {llama.hidden}]"]
 
     again = whispers("experts", "create", "japan", "--text", "tea", "--committee", folder)
-    assert again.status == 0
+    assert again.status == 0 and again.out.endswith("virtual tokens, suffix; replaced the one of that name\n")
     replaced = Committee.load(folder).experts
     assert [expert.name for expert in replaced] == ["japan", "1.b_c-d"]
     assert replaced[0].record == {"text": "tea"}
+
+
+def test_a_path_stays_whole(whispers: Whispers, mine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However narrow what is no terminal says it is: a path that was broken is none."""
+    monkeypatch.setenv("COLUMNS", "20")
+    made = whispers("experts", "create", "x", "--text", "tea", "--committee", mine)
+    assert made.out.startswith(f"{mine / 'x'}: ") and len(made.lines) == 1
+    out = whispers("experts", "export", "south", tmp_path / "adapter", "--committee", mine)
+    assert out.out == f"{tmp_path / 'adapter'}: 4 virtual tokens, embeddings\n"
+    back = whispers("experts", "import", tmp_path / "adapter", "--name", "x", "--committee", mine)
+    assert back.out == f"{mine / 'x'}: 4 virtual tokens, embeddings, prefix; replaced the one of that name\n"
 
 
 def test_show_brackets(whispers: Whispers, mine: Path) -> None:
@@ -427,6 +442,33 @@ def test_pull_unknown(whispers: Whispers, tmp_path: Path) -> None:
     assert not (tmp_path / "home").exists()
 
 
+# --- a full disk -----------------------------------------------------------------------------------------------------------------
+
+
+def full(*_: Any, **__: Any) -> None:
+    """What safetensors' `save_file` does then."""
+    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
+def test_create_on_a_full_disk(whispers: Whispers, mine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(experts_module, "save_file", full)
+    before = files(mine)
+    ran = whispers("experts", "create", "north", "--text", "tea", "--committee", mine)
+    assert (ran.status, ran.out) == (1, "")
+    assert ran.err == f"whispers: {mine / 'north' / 'adapter_model.safetensors'}: No space left on device\n"
+    assert files(mine) == before
+
+
+def test_pull_on_a_full_disk(whispers: Whispers, base: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pulls.offered(monkeypatch, base)
+    monkeypatch.setattr("safetensors.numpy.save_file", full)
+    ran = whispers("pull", pulls.NAME)
+    models = tmp_path / "home" / "models"
+    assert (ran.status, ran.out) == (1, "")
+    assert ran.err.strip() == f"whispers: {models / pulls.NAME / 'model.safetensors'}: No space left on device"
+    assert not list(models.iterdir())
+
+
 # --- bad command lines -----------------------------------------------------------------------------------------------------------
 
 ASK = ("ask", QUESTION, "--committee", "{committee}")
@@ -453,6 +495,11 @@ BAD: dict[str, tuple[tuple[Any, ...], tuple[str, ...]]] = {
     "max-tokens": ((*ASK, "--max-tokens", 0), ("max_tokens 0", "accepted: an integer, at least 1")),
     "empty option": ((*ASK, "--option", "rice", "--option", ""), ("option ''", "accepted: a string or token ids, not empty")),
     "profile without a value": ((*ASK, "--profile", "Japan"), ("--profile 'Japan'", "accepted: KEY=VALUE")),
+    "profile's key twice": (
+        (*ASK, "--profile", "country=Japan", "--profile", " country=Italy"),
+        ("--profile names 'country' twice", "accepted: every KEY once"),
+    ),
+    "option twice": ((*ASK, "--option", "rice", "--option", "rice"), ("options names 'rice' twice", "accepted: every option once")),
     "profile without a router": ((*ASK, "--profile", "country=Japan"), ("no router", "and a committee with a router")),
     "device": ((*ASK, "--device", "abacus"), ("device: 'abacus'", "accepted: auto, cpu")),
     "dtype": ((*ASK, "--dtype", "int4"), ("dtype: 'int4'", "accepted: auto, float32")),
@@ -464,6 +511,7 @@ BAD: dict[str, tuple[tuple[Any, ...], tuple[str, ...]]] = {
     "create of nothing": (("experts", "create", "x", "--text", "", *CREATE[5:]), ("the text ''", "no tokens")),
     "create somewhere": ((*CREATE, "--placement", "infix"), ("placement 'infix'", "accepted: prefix, suffix, detached")),
     "create of no size": ((*CREATE, "--virtual-tokens", 0), ("virtual_tokens 0", "accepted: at least 1")),
+    "create too long": ((*CREATE, "--virtual-tokens", 511), ("expert 'x': 511 virtual tokens", "accepted: at most 510", "512")),
     "create below a file": (
         (*CREATE[:5], "--committee", "{file}/committee", "--model", "{model}"),
         ("{file}", "directory"),
@@ -471,11 +519,19 @@ BAD: dict[str, tuple[tuple[Any, ...], tuple[str, ...]]] = {
     "create for another base": ((*CREATE, "--model", "{other}"), ("a committee for the base", "the expert is for")),
     "import of nothing": (
         ("experts", "import", "{empty}", "--name", "x", "--committee", "{committee}"),
-        ("adapter_config.json: cannot be read",),
+        ("whispers: {empty}/adapter_config.json: cannot be read: No such file or directory; accepted: a file that holds",),
     ),
     "import by a bad name": (
         ("experts", "import", "{committee}/south", "--name", "a/b", "--committee", "{committee}"),
         ("expert name 'a/b'", "accepted are"),
+    ),
+    "import of what is too long": (
+        ("experts", "import", "{long}", "--name", "x", "--committee", "{committee}"),
+        ("expert 'x': 511 virtual tokens", "accepted: at most 510", "512"),
+    ),
+    "a router of nothing": (
+        ("experts", "router", "{empty}/none", "--committee", "{committee}"),
+        ("whispers: {empty}/none: cannot be read: No such file or directory; accepted: a file of examples",),
     ),
     "import of another width": (
         ("experts", "import", "{narrow}", "--name", "x", "--committee", "{committee}"),
@@ -507,7 +563,9 @@ def places(llama: Tiny, mine: Path, tmp_path: Path) -> dict[str, str]:
         json.dumps({**config, "rope_parameters": {**config["rope_parameters"], "rope_theta": 7.0}})
     )
     Expert("narrow", torch.zeros(4, 32)).save(tmp_path / "narrow")
-    there = {"empty": empty, "damaged": damaged, "file": file, "other": other, "narrow": tmp_path / "narrow"}
+    Expert("long", torch.zeros(511, llama.hidden)).save(tmp_path / "long")
+    there = {"empty": empty, "damaged": damaged, "file": file, "other": other}
+    there |= {name: tmp_path / name for name in ("narrow", "long")}
     return {key: str(path) for key, path in {**there, "committee": mine, "model": llama.folder}.items()}
 
 
@@ -576,3 +634,21 @@ def test_help(whispers: Whispers, command: tuple[str, ...]) -> None:
     ran = whispers(*command, "--help")
     assert (ran.status, ran.err) == (0, "")
     assert f"Usage: whispers {' '.join(command)}".rstrip() in ran.out
+
+
+def test_every_option_has_a_help(whispers: Whispers) -> None:
+    """As `--seed INTEGER [default: 0]` had none."""
+    from typer.main import get_command
+
+    from whispers_engine.cli.main import app
+
+    def commands(group: Any) -> list[Any]:
+        under = [part for one in getattr(group, "commands", {}).values() for part in commands(one)]
+        return [group, *under]
+
+    found = [
+        (command.name, part.name, getattr(part, "help", None))
+        for command in commands(get_command(app))
+        for part in command.params
+    ]
+    assert len(found) > 50 and [entry[:2] for entry in found if not entry[2]] == []

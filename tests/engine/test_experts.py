@@ -6,21 +6,27 @@ import copy
 import itertools
 import json
 import re
+import resource
 import warnings
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from peft import PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
+import whispers_engine
 import whispers_engine.experts as experts_module
 from tests.engine.conftest import Tiny, kv_prompt, soft_prompt, token_ids
 from tests.engine.oracle import oracle_logprobs
+from tests.engine.test_router import random_router
 from whispers_engine import Answer, Committee, Done, Engine, Expert, Finished, Request, SamplingParams, Token
 from whispers_engine.errors import WhispersError
+from whispers_engine.files import write_json
+from whispers_engine.request import Event
+from whispers_engine.training import checkpoint
 
 TOLERANCE = 1e-4
 CASES = [
@@ -129,6 +135,32 @@ def test_interrupted_save_keeps_the_old_one(
             getattr(new, way)(tmp_path / target)
         assert files(tmp_path) == before
         assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+@pytest.mark.parametrize("writer", ["save", "to_peft", "router", "checkpoint", "json"])
+def test_what_the_system_refuses_to_write(llama: Tiny, tmp_path: Path, writer: str) -> None:
+    """A limit of a file's size stands for a full disk: safetensors tells of both alike. The error names the place that was meant."""
+    expert = make_expert(llama, "embeddings", "prefix", m=1000)
+    router = random_router([expert], 64_000)
+    write, name = {
+        "save": (expert.save, "adapter_model.safetensors"),
+        "to_peft": (expert.to_peft, "adapter_model.safetensors"),
+        "router": (router.save, "router.safetensors"),
+        "checkpoint": (
+            lambda folder: checkpoint.save(folder, checkpoint.State({}, tensors={"value": expert.embeddings})),
+            "state.safetensors",
+        ),
+        "json": (lambda folder: write_json(folder / "a.json", "x" * 200_000), "a.json"),
+    }[writer]
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        with pytest.raises(OSError) as caught:
+            write(tmp_path / "folder")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert (caught.value.filename, caught.value.strerror) == (str(tmp_path / "folder" / name), "File too large")
+    assert files(tmp_path) == {} and not list(tmp_path.rglob("*.partial"))
 
 
 @pytest.mark.parametrize("moment", ["behind the first rename", "before the second"])
@@ -412,6 +444,12 @@ def test_failed_adding_leaves_nothing(llama: Tiny, engine: Engine, monkeypatch: 
     assert engine.experts == []
     assert engine.cache_stats() == idle
     engine.add_expert(make_expert(llama, "embeddings", "prefix"))
+
+
+def test_every_event_has_a_public_name() -> None:
+    """Whoever tells apart what `step` and `stream` hand out imports the kinds from the package."""
+    kinds = [kind.__name__ for kind in get_args(Event)]
+    assert len(kinds) == 7 and [name for name in kinds if name not in whispers_engine.__all__] == []
 
 
 def essence(answer: Answer) -> list[Any]:

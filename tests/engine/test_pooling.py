@@ -55,7 +55,7 @@ def question(tiny: Tiny, seed: int = 4) -> tuple[list[int], list[int]]:
 
 
 def pool(logprobs: Tensor, weights: Sequence[float], rule: str) -> Tensor:
-    """The rules as DESIGN section 4 has them, in float64, over the experts `[E, ..., V]` that are asked at all."""
+    """The rules as docs/semantics.md has them, in float64, over the experts `[E, ..., V]` that are asked at all."""
     share = torch.tensor(weights, dtype=torch.float64) / math.fsum(weights)
     asked = share > 0
     logp, share = logprobs[asked].double(), share[asked].view(-1, *[1] * (logprobs.dim() - 1))

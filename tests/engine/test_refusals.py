@@ -122,6 +122,8 @@ REQUESTS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     ),
     "option out of range": ({"options": [[VOCAB]]}, (f"token id {VOCAB}", f"integers in [0, {VOCAB})")),
     "option a number": ({"options": [5]}, ("option: a int", "accepted: a list of token ids")),
+    "option twice": ({"options": ["rice", "tea", "rice"]}, ("options names 'rice' twice; accepted: every option once",)),
+    "option ids twice": ({"options": [[5], [5, 6], (5,)]}, ("options names (5,) twice", "[5]", "accepted: every option once")),
     "option too long": ({"options": ["rice", [5] * LIMIT]}, (f"{LIMIT} more for an answer", f"accepted: {LIMIT} in all")),
     "aggregation": ({"aggregate": "majority"}, ("aggregate: 'majority'", "accepted: vote, delegate, mixture, product, compose")),
     "top_k 0": ({"top_k": 0}, ("top_k: 0", "accepted: an integer, at least 1")),
@@ -291,6 +293,17 @@ def config(**changes: Any) -> Callable[[Path], None]:
     return edit
 
 
+def end_tokens(in_config: Any, in_generation: Any) -> Callable[[Path], None]:
+    """Sets eos_token_id in config.json and generation_config.json."""
+
+    def edit(folder: Path) -> None:
+        for name, value in (("config.json", in_config), ("generation_config.json", in_generation)):
+            path = folder / name
+            path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": value}))
+
+    return edit
+
+
 def tensors(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
     """Edits the tensors."""
 
@@ -349,6 +362,10 @@ def eight_bits(values: dict[str, Any]) -> None:
     values["model.norm.weight"] = values["model.norm.weight"].to(torch.float8_e4m3fn)
 
 
+def another_head(values: dict[str, Any]) -> None:
+    values["lm_head.weight"] = values["model.embed_tokens.weight"].flip(0).contiguous()
+
+
 def three_kv_heads(folder: Path) -> None:
     """Four query heads on three: every tensor has the shape that the config asks for."""
 
@@ -361,6 +378,7 @@ def three_kv_heads(folder: Path) -> None:
 
 
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 64}
+END_TOKENS = f"accepted: null, an integer in [0, {VOCAB}) or a list of them"
 FAMILIES = "accepted: llama, mistral, qwen2, qwen3"
 WEIGHTS = "accepted: model.safetensors, or its index and shards"
 OUT = "model.layers.1.self_attn.o_proj.weight"
@@ -379,6 +397,37 @@ BASES: dict[str, tuple[str, Callable[[Path], Any], tuple[str, ...]]] = {
         config(use_sliding_window=True, sliding_window=128, max_window_layers=1, layer_types=None),
         ("sliding_window 128", "accepted: no active window"),
     ),
+    "a window on one of qwen3's layers": (
+        "qwen3",
+        config(use_sliding_window=True, sliding_window=LIMIT - 1, layer_types=["full_attention", "sliding_attention", "full_attention"]),
+        (f"sliding_window {LIMIT - 1}", f"accepted: no active window, that is null or at least max_position_embeddings {LIMIT}"),
+    ),
+    "chunked attention": (
+        "qwen2",
+        config(layer_types=["chunked_attention"] * 3),
+        ("layer_types ['chunked_attention']", "accepted: full_attention, sliding_attention"),
+    ),
+    "llama's sliding layers": (
+        "llama",
+        config(layer_types=["sliding_attention"] * 3),
+        ("layer_types ['sliding_attention']", "accepted: full_attention"),
+    ),
+    "seeing what follows": ("llama", config(is_causal=False), ("config.json: is_causal False", "accepted: true")),
+    "layers of their own": (
+        "llama",
+        config(per_layer_config={"1": {"rms_norm_eps": 0.5}}),
+        ("config.json: per_layer_config {'1': {'rms_norm_eps': 0.5}}", "accepted: none"),
+    ),
+    **{
+        f"end token {eos!r}": ("llama", end_tokens(2, eos), (f"generation_config.json: eos_token_id {eos!r}", END_TOKENS))
+        for eos in ("2", [[2]], True, [2, True], 2.0, {"id": 2}, -1, VOCAB, [2, VOCAB])
+    },
+    "end token beyond the vocabulary in config.json": (
+        "llama",
+        end_tokens([2, VOCAB], None),
+        (f"/config.json: eos_token_id [2, {VOCAB}]", END_TOKENS),
+    ),
+    "end token a string in config.json": ("llama", end_tokens("2", None), ("/config.json", "eos_token_id", "'2'", "int")),
     "yarn": ("llama", config(rope_parameters=YARN), ("rope_type 'yarn'", "accepted: default, linear, llama3")),
     "partial rotary": (
         "llama",
@@ -401,6 +450,17 @@ BASES: dict[str, tuple[str, Callable[[Path], Any], tuple[str, ...]]] = {
     ),
     "missing tensor": ("llama", tensors(lambda values: values.pop(OUT)), (OUT, "missing", "config.json asks for it, [64, 64]")),
     "missing head": ("llama", tensors(lambda values: values.pop("lm_head.weight")), ("lm_head.weight", "missing", "[320, 64]")),
+    "missing embeddings": (
+        "llama",
+        tensors(lambda values: values.pop("model.embed_tokens.weight")),  # its head is there, but is not tied to them
+        ("model.embed_tokens.weight", "missing", "[320, 64]"),
+    ),
+    "missing embeddings and head": ("qwen2", tensors(lambda values: values.pop("model.embed_tokens.weight")), ("missing", "[320, 64]")),
+    "a head of its own though tied": (
+        "qwen2",
+        tensors(another_head),
+        ("tie_word_embeddings true", "'lm_head.weight' differs", "accepted: tie_word_embeddings false", "or a file without"),
+    ),
     "missing bias": ("qwen2", tensors(lambda values: values.pop("model.layers.0.self_attn.k_proj.bias")), ("k_proj.bias", "missing")),
     "missing q norm": ("qwen3", tensors(lambda values: values.pop("model.layers.0.self_attn.q_norm.weight")), ("q_norm", "missing")),
     "wrong shape": (
@@ -442,10 +502,11 @@ def test_base(bases: dict[str, Path], tmp_path: Path, case: str) -> None:
 
 
 def test_windows_that_are_not_active_are_accepted(bases: dict[str, Path], tmp_path: Path) -> None:
-    """The counterpart: a window no shorter than the longest context, or one that is switched off."""
+    """The counterpart: a window no shorter than the longest context, or one that is switched off, or on no layer."""
     for family, edit in (
         ("mistral", config(sliding_window=LIMIT)),
         ("qwen2", config(use_sliding_window=False, sliding_window=128)),
+        ("qwen3", config(use_sliding_window=True, sliding_window=128, max_window_layers=3, layer_types=None)),
     ):
         folder = tmp_path / family
         shutil.copytree(bases[family], folder)
@@ -566,6 +627,14 @@ MISFITS: dict[str, tuple[Expert, tuple[str, ...]]] = {
     "kv of other depth": (Expert("e", torch.zeros(2, 2, 2, 4, 16), "prefix", "kv"), ("[2, 2, 16]", "this base has [3, 2, 16]")),
     "kv of other heads": (Expert("e", torch.zeros(3, 2, 4, 4, 16), "prefix", "kv"), ("[3, 4, 16]", "this base has [3, 2, 16]")),
     "kv of other width": (Expert("e", torch.zeros(3, 2, 2, 4, 8), "detached", "kv"), ("[3, 2, 8]", "this base has [3, 2, 16]")),
+    "no room for a question": (
+        Expert("e", torch.zeros(LIMIT - 1, WIDTH)),
+        (f"expert 'e': {LIMIT - 1} virtual tokens", f"accepted: at most {LIMIT - 2}", f"max_position_embeddings {LIMIT}"),
+    ),
+    "kv without room for a question": (
+        Expert("e", torch.zeros(3, 2, 2, LIMIT, 16), "detached", "kv"),
+        (f"expert 'e': {LIMIT} virtual tokens", f"accepted: at most {LIMIT - 2}"),
+    ),
     "name taken": (Expert("north", torch.zeros(3, WIDTH)), ("'north'", "name is taken", "accepted: one not in")),
 }  # fmt: skip
 
@@ -631,8 +700,12 @@ FOLDERS: dict[str, tuple[str, Callable[[Path], Any], tuple[str, ...]]] = {
         rewrite("adapter_config.json", num_transformer_submodules=2),
         ("num_transformer_submodules 2", "accepted: 1"),
     ),
-    "no adapter_config": ("embeddings", without("adapter_config.json"), ("adapter_config.json", "cannot be read as JSON")),
-    "no expert.json": ("embeddings", without("expert.json"), ("expert.json", "cannot be read as JSON")),
+    "no adapter_config": (
+        "embeddings",
+        without("adapter_config.json"),
+        ("fresh/adapter_config.json: cannot be read: No such file or directory; accepted: a file that holds a JSON object",),
+    ),
+    "no expert.json": ("embeddings", without("expert.json"), ("fresh/expert.json: cannot be read: No such file or directory; accepted",)),
     "pickle": ("embeddings", adapter_pickled, ("the pickle adapter_model.bin", "never read", "accepted: adapter_model.safetensors")),
     "no tensors": ("embeddings", without("adapter_model.safetensors"), ("no adapter_model.safetensors", "accepted:")),
     "cut off": ("embeddings", adapter_cut, ("adapter_model.safetensors", "not a safetensors file")),
@@ -780,5 +853,7 @@ def test_text_without_tokens(panel: Engine) -> None:
         Expert.from_text("empty", "", panel)
     with refuses("virtual_tokens 0", "accepted: at least 1", engine=panel):
         Expert.from_text("empty", "rice", panel, virtual_tokens=0)
+    with refuses(f"{10**15} virtual tokens", f"accepted: at most {LIMIT - 2}", engine=panel):
+        Expert.from_text("endless", "rice", panel, virtual_tokens=10**15)  # which no memory holds
     with refuses("expert name '../x'", NAME, engine=panel):
         Expert.from_text("../x", "rice", panel)

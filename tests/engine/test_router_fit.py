@@ -130,8 +130,14 @@ def test_what_cannot_be_fitted_is_refused(llama: Tiny, tmp_path: Path) -> None:
         path.write_text(json.dumps({"question": "a", "culture": "e0"}) + "\n" + line)
         with pytest.raises(WhispersError, match=r"examples.jsonl:2: is no example"):
             read_examples(path)
-    with pytest.raises(WhispersError, match="cannot be read"):
+    with pytest.raises(WhispersError) as caught:
         read_examples(tmp_path / "none.jsonl")
+    assert str(caught.value).endswith(
+        "none.jsonl: cannot be read: No such file or directory; accepted: a file of examples"
+    )
+    path.write_bytes(b"\xff")
+    with pytest.raises(WhispersError, match=r"examples.jsonl: cannot be read: 'utf-8' codec"):
+        read_examples(path)
 
 
 @pytest.mark.parametrize("kind", ["token", "linear", "centroid"])

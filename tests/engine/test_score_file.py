@@ -346,7 +346,16 @@ BAD: dict[str, tuple[dict[str, Any], tuple[object, ...], tuple[str, ...]]] = {
     "unknown expert": (RECORDS[0], ("--experts", "nobody"), ("expert 'nobody'", "accepted: north, south, east")),
     "expert twice": (RECORDS[0], ("--experts", "north,north"), ("names one twice",)),
     "no folder": (RECORDS[0], ("--output", "{folder}/no/where"), ("{folder}/no is no folder",)),
-    "a folder": (RECORDS[0], ("--output", "{folder}"), ("{folder}: Is a directory",)),
+    "a folder": (
+        RECORDS[0],
+        ("--output", "{folder}", "--model", "/nowhere"),
+        ("{folder}: is a folder; accepted: a new file",),
+    ),
+    "a device": (
+        RECORDS[0],
+        ("--output", "/dev/null", "--model", "/nowhere"),  # refused before a base is looked for
+        ("/dev/null: is no regular file; accepted: a new file, or one that `whispers score` wrote",),
+    ),
     "the records themselves": (RECORDS[0], ("--output", "{source}"), ("{source}: exists, and is no output",)),
     "impl": (RECORDS[0], ("--impl", "nonsense"), ("'nonsense'", "accepted: auto, ")),
 }

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import Tensor
 
 import tests.engine.test_cli as cli
 import whispers_engine.training.contexts as contexts
@@ -15,6 +17,7 @@ from tests.engine.test_cli import Whispers, row
 from tests.engine.test_training_run import answers, break_gradient, choices, opinions, write
 from whispers_engine import Committee, Engine, WhispersError
 from whispers_engine.training import Settings
+from whispers_engine.training.step import Stepper
 
 whispers = cli.whispers
 GOOD = {"question": "what?", "options": ["rice", "tea"], "dist": {"South": [0.5, 0.5]}}
@@ -55,15 +58,24 @@ def test_lines(whispers: Whispers, llama: Tiny, tmp_path: Path, line: str, messa
         (["--experts", "West"], "data.jsonl: the culture 'West' has no example; accepted: North Shore, South"),
         (["--experts", ","], "experts: none is named"),
         (["--dev-share", "1.0"], "data.jsonl: the culture 'North Shore' has no example left to train on, all 8 are held out"),
-        (["--placement", "behind"], "placement: 'behind'; accepted: prefix, suffix, detached"),
-        (["--kind", "kv"], "placement: 'suffix'; accepted: prefix, detached"),
+        (["--experts", "South,South"], "experts: ['South', 'South'] names one twice; accepted: every name once"),
+        (["--experts", "South,north-shore,south"], "names one twice; accepted: every name once"),
+        (["--placement", "behind"], "--placement 'behind' of kind 'embeddings'; accepted: prefix, suffix, detached"),
+        (["--kind", "kv"], "--placement 'suffix' of kind 'kv'; accepted: prefix, detached"),
+        (["--kind", "lora"], "--kind 'lora'; accepted: embeddings, kv"),
         (["--init", "nowhere"], "init: 'nowhere'; accepted: text, vocab, the folder"),
-        (["--decay", "steep"], "decay: 'steep'; accepted: linear, cosine, none"),
-        (["--steps", "0"], "steps: 0; accepted: an integer, at least 1"),
-        (["--batch", "0"], "batch: 0; accepted"),
-        (["--rate", "nan"], "rate: nan; accepted"),
-        (["--clip", "0"], "clip: 0.0; accepted: a number above 0"),
-        (["--warmup", "1.5"], "warmup: 1.5; accepted: a number from 0 to 1"),
+        (["--decay", "steep"], "--decay 'steep'; accepted: linear, cosine, none"),
+        (["--steps", "0"], "--steps 0; accepted: an integer, at least 1"),
+        (["--shared", "-1"], "--shared -1; accepted: an integer, at least 0"),
+        (["--batch", "0"], "--batch 0; accepted"),
+        (["--rate", "nan"], "--rate nan; accepted"),
+        (["--rate", "0"], "--rate 0; accepted: a number above 0\n"),
+        (["--clip", "0"], "--clip 0; accepted: a number above 0\n"),
+        (["--warmup", "1.5"], "--warmup 1.5; accepted: a number from 0 to 1"),
+        (["--patience", "-1"], "--patience -1; accepted: an integer, at least 0"),
+        (["--permute-options", "0"], "--permute-options 0; accepted: an integer, at least 1"),
+        (["--evaluate-every", "0"], "--evaluate-every 0; accepted: an integer, at least 1"),
+        (["--cache-mb", "-1"], "--cache-mb -1; accepted: an integer, at least 0"),
         (["--virtual-tokens", "600"], "data.jsonl:1: takes"),
         (["--dtype", "float16"], "dtype: 'float16'; accepted to train in: auto, float32, bfloat16"),
         (["--device", "tpu"], "device: 'tpu'"),
@@ -100,10 +112,16 @@ def test_cultures_that_would_be_one_expert(whispers: Whispers, llama: Tiny, tmp_
 def test_settings_by_themselves() -> None:
     with pytest.raises(WhispersError, match="steps: True; accepted: an integer"):
         Settings(steps=True)
-    with pytest.raises(WhispersError, match="clip: -1; accepted: a number from 0"):
+    with pytest.raises(WhispersError, match="clip: -1; accepted: a number above 0, or None"):
         Settings(clip=-1)
     with pytest.raises(WhispersError, match="clip: 0; accepted: a number above 0, or None"):
         Settings(clip=0)
+    with pytest.raises(WhispersError, match="rate: 0; accepted: a number above 0"):
+        Settings(rate=0)
+    with pytest.raises(WhispersError, match="placement 'suffix' of kind 'kv'; accepted: prefix, detached"):
+        Settings(kind="kv")
+    with pytest.raises(WhispersError, match="kind: 'lora'; accepted: embeddings, kv"):
+        Settings(kind="lora")
     assert Settings(clip=None).clip is None
 
 
@@ -157,7 +175,8 @@ def test_bench_train(bench: Bench, llama: Tiny) -> None:
     assert status == 0 and report["ok"] and report["dtype"] == "float32"
     assert [result["placement"] for result in report["results"]] == ["suffix", "detached"]
     for result in report["results"]:
-        assert result["check"]["cosine"] > 0.9999
+        for check in (result["check"], result["check"]["together"]):
+            assert check["ok"] and max(check["error"], check["loss_error"]) < 1e-3
         assert result["examples_s"]["ours"] == pytest.approx(2e3 / result["ours_ms"], rel=1e-3)
         peer = result["peers"]["peft-trainer"]
         assert peer["ratio"] == pytest.approx(peer["ms"] / result["ours_ms"], rel=1e-3)
@@ -170,10 +189,32 @@ def test_bench_train(bench: Bench, llama: Tiny) -> None:
     assert status == 1 and "--batch 0; accepted: integers from 1 on" in printed
 
 
-def test_bench_times_nothing_that_is_wrong(bench: Bench, llama: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    from whispers_engine.training import functions
+def _longer(losses: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    return losses, 1.1 * gradient
 
-    monkeypatch.setattr(functions, "_rotated", lambda x, cos, sin: x)
+
+def _zero_together(losses: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    return losses, gradient if len(gradient) == 1 else 0 * gradient
+
+
+def _turned_together(losses: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    return losses, gradient.roll(1, 0)
+
+
+def _other_losses(losses: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    return losses + 0.3, gradient
+
+
+@pytest.mark.parametrize("wrong", [_longer, _zero_together, _turned_together, _other_losses])
+def test_bench_times_nothing_that_is_wrong(
+    bench: Bench, llama: Tiny, monkeypatch: pytest.MonkeyPatch, wrong: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+) -> None:
+    right = Stepper.gradient
+    monkeypatch.setattr(Stepper, "gradient", lambda *given: wrong(*right(*given)))
     arguments = ("--model", str(llama.folder), "--context", "20", "--rounds", "1", "--steps", "1", "--examples", "4")
+    status, printed = bench("bench", "train", *arguments, "--experts", "2", "--batch", "2", "--json")
+    assert status == 1
+    for result in json.loads(printed)["results"]:
+        assert not result["ok"] and not {"ours_ms", "peers", "together", "cold"} & result.keys()
     status, printed = bench("bench", "train", *arguments, "--experts", "2", "--batch", "2")
     assert status == 1 and "WRONG" in printed

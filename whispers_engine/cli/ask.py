@@ -29,7 +29,10 @@ def ask(
     ] = None,
     experts: Annotated[
         str | None,
-        typer.Option("--experts", help="Names, with commas between. Default: the router chooses; without one, all."),
+        typer.Option(
+            "--experts",
+            help='Names, with commas between; "": the base alone. Default: the router chooses; without one, all.',
+        ),
     ] = None,
     top_k: Annotated[int, typer.Option("--top-k", help="How many experts the router chooses.")] = 3,
     aggregate: Annotated[
@@ -77,6 +80,10 @@ def _pairs(profile: list[str] | None) -> dict[str, str] | None:
     for entry, (key, equals, _) in zip(profile, pairs, strict=True):
         if not key or not equals:
             raise WhispersError(f"--profile {entry!r}; accepted: KEY=VALUE, such as country=Japan")
+    keys = [key.strip() for key, _, _ in pairs]  # as the router reads them
+    for key in keys:
+        if keys.count(key) > 1:
+            raise WhispersError(f"--profile names {key!r} twice; accepted: every KEY once")
     return {key: value for key, _, value in pairs}
 
 

@@ -18,6 +18,7 @@ from .common import CommitteeOption, JsonOption, ModelOption, err, load_engine, 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from whispers_engine.engine import Engine
     from whispers_engine.experts import Committee, Expert
 
 app = typer.Typer(no_args_is_help=True, help="The experts of a committee.")
@@ -226,13 +227,12 @@ def create(
     ] = None,
     model: ModelOption = None,
 ) -> None:
-    """Make an expert from a sentence."""
-    from whispers_engine.experts import Committee, Expert
+    """Make an expert from a sentence; it replaces one of that name."""
+    from whispers_engine.experts import Expert
 
     engine = load_engine(*_base(model, committee))
     expert = Expert.from_text(name, text, engine, placement, culture, virtual_tokens)
-    Committee.add(committee, expert, engine.model_name, engine.fingerprint)
-    out.print(f"{committee / name}: {expert.num_tokens} virtual tokens, {placement}")
+    _add(committee, expert, engine, f"{expert.num_tokens} virtual tokens, {placement}")
 
 
 @app.command()
@@ -305,14 +305,16 @@ def router(
         return
     out.print(
         f"{committee / FILE}: {kind}, layer {fitted.router.layer}, {len(fitted.router.experts)} experts"
-        f"{', a gate' if fitted.router.gate is not None else ''}, from {fitted.examples} examples"
+        f"{', a gate' if fitted.router.gate is not None else ''}, from {fitted.examples} examples",
+        soft_wrap=True,
     )
     if unknown:
-        out.print(f"unknown to it, for want of examples: {', '.join(unknown)}")
+        out.print(f"unknown to it, for want of examples: {', '.join(unknown)}", soft_wrap=True)
     out.print(
         f"held out, names that the rest does not have: the right expert first {fitted.top1:.2f}, among three {fitted.top3:.2f}"
         f"{'' if fitted.gate_auroc is None else f'; gate AUROC {fitted.gate_auroc:.3f}'}",
         style="dim",
+        soft_wrap=True,
     )
 
 
@@ -321,21 +323,22 @@ def import_peft(
     folder: Annotated[Path, typer.Argument(help="A PEFT adapter: prompt tuning or prefix tuning.")],
     name: Annotated[str, typer.Option("--name", help="What the expert will be called.")],
     committee: CommitteeOption,
-    placement: Annotated[str, typer.Option("--placement", help="prefix is what PEFT computes.")] = "prefix",
+    placement: Annotated[
+        str, typer.Option("--placement", help="prefix (what PEFT computes), suffix or detached.")
+    ] = "prefix",
     culture: CultureOption = None,
     model: ModelOption = None,
 ) -> None:
-    """Import a PEFT adapter."""
+    """Import a PEFT adapter; it replaces an expert of that name."""
     from dataclasses import replace
 
-    from whispers_engine.experts import Committee, Expert
+    from whispers_engine.experts import Expert
 
     expert = Expert.from_peft(folder, name, placement, culture)
     engine = load_engine(*_base(model, committee))
     expert.check_fits(engine.model.config, engine.fingerprint)
     expert = replace(expert, base=engine.fingerprint, record={"imported": "peft"})
-    Committee.add(committee, expert, engine.model_name, engine.fingerprint)
-    out.print(f"{committee / name}: {expert.num_tokens} virtual tokens, {expert.kind}, {placement}")
+    _add(committee, expert, engine, f"{expert.num_tokens} virtual tokens, {expert.kind}, {placement}")
 
 
 @app.command()
@@ -355,7 +358,18 @@ def export(
         expert.to_peft(folder)
     for warning in caught:
         typer.echo(f"warning: {warning.message}", err=True)
-    out.print(f"{folder}: {expert.num_tokens} virtual tokens, {expert.kind}")
+    out.print(f"{folder}: {expert.num_tokens} virtual tokens, {expert.kind}", soft_wrap=True)
+
+
+def _add(folder: Path, expert: Expert, engine: Engine, what: str) -> None:
+    from whispers_engine.experts import Committee
+
+    replaced = (folder / expert.name / "expert.json").is_file()
+    Committee.add(folder, expert, engine.model_name, engine.fingerprint)
+    out.print(
+        f"{folder / expert.name}: {what}{'; replaced the one of that name' if replaced else ''}",
+        soft_wrap=True,
+    )
 
 
 def _base(model: str | None, committee: Path) -> tuple[str | None, None]:

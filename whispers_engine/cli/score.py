@@ -33,7 +33,9 @@ def score(
         Path | None, typer.Option("--committee", help="The committee's folder; none: the base alone.")
     ] = None,
     model: ModelOption = None,
-    experts: Annotated[str | None, typer.Option("--experts", help="Names, with commas between. Default: all.")] = None,
+    experts: Annotated[
+        str | None, typer.Option("--experts", help='Names, with commas between; "": the base alone. Default: all.')
+    ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", help="Where the lines go. Default: FILE with .scores.jsonl.")
     ] = None,
@@ -52,6 +54,11 @@ def score(
     target = file.with_name(file.name.removesuffix(".jsonl") + ".scores.jsonl") if output is None else output
     if not target.parent.is_dir():
         raise WhispersError(f"{target}: {target.parent} is no folder; accepted: a file in one that exists")
+    if target.exists() and not target.is_file():  # a device may have no end to read to
+        there_is = "a folder" if target.is_dir() else "no regular file"
+        raise WhispersError(
+            f"{target}: is {there_is}; accepted: a new file, or one that `whispers score` wrote, to go on with"
+        )
     engine = load_engine(model, committee, device=device, dtype=dtype, impl=impl)
     names = None if experts is None else [name.strip() for name in experts.split(",") if name.strip()]
     asked = engine.experts if names is None else names
@@ -65,7 +72,10 @@ def score(
         _run(engine, names, source, todo, lines, summary)
     finally:
         if there < summary.records < len(source.records):
-            err.print(f"{target}: holds {summary.records} of {len(source.records)} records; the same command goes on")
+            err.print(
+                f"{target}: holds {summary.records} of {len(source.records)} records; the same command goes on",
+                soft_wrap=True,
+            )
     found = {"file": str(file), "output": str(target), "there_already": there, **summary.to_dict()}
     if json:
         print_json({**found, "seconds": time.perf_counter() - started})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +17,9 @@ from .common import DEFAULT_MODEL, DeviceOption, JsonOption, err, out, print_jso
 
 if TYPE_CHECKING:
     from whispers_engine.training import Progress
+
+# Whose names are not the settings'.
+_FLAGS = {"shared_steps": "--shared", "orders": "--permute-options", "context_memory": "--cache-mb"}
 
 
 def train(
@@ -35,13 +39,16 @@ def train(
         int, typer.Option("--shared", help="Steps of one prompt for all cultures first, from which each then starts.")
     ] = 0,
     experts: Annotated[
-        str | None, typer.Option("--experts", help="Cultures of the file, with commas between. Default: all.")
+        str | None,
+        typer.Option(
+            "--experts", help="Cultures of the file, or their experts' names, with commas between. Default: all."
+        ),
     ] = None,
     steps: Annotated[
         int, typer.Option("--steps", help="Steps of every expert, at most; 0: the --shared prompt alone.")
     ] = 200,
     batch: Annotated[int, typer.Option("--batch", help="Examples an expert and step.")] = 8,
-    rate: Annotated[float, typer.Option("--rate", help="The largest learning rate.")] = 0.01,
+    rate: Annotated[float, typer.Option("--rate", help="The largest learning rate, above 0.")] = 0.01,
     warmup: Annotated[float, typer.Option("--warmup", help="The share of the steps in which the rate rises.")] = 0.05,
     decay: Annotated[
         str, typer.Option("--decay", help="How it falls to zero then: linear, cosine or none.")
@@ -62,7 +69,9 @@ def train(
     permute_options: Annotated[
         int, typer.Option("--permute-options", help="In how many orders listed options are asked.")
     ] = 1,
-    seed: Annotated[int, typer.Option("--seed")] = 0,
+    seed: Annotated[
+        int, typer.Option("--seed", help="Of the examples' order, of option orders and of --init vocab.")
+    ] = 0,
     licence: Annotated[str | None, typer.Option("--licence", help="The data's; goes into the experts' record.")] = None,
     cache_mb: Annotated[
         int | None, typer.Option("--cache-mb", help="Memory for contexts' keys and values; beyond it, a mapped file.")
@@ -85,29 +94,34 @@ def train(
         from whispers_engine.training import Base, Settings
         from whispers_engine.training import train as run
     named = None if experts is None else tuple(name.strip() for name in experts.split(",") if name.strip())
-    settings = Settings(
-        placement=placement,
-        kind=kind,
-        virtual_tokens=virtual_tokens,
-        init=init,
-        experts=named,
-        steps=steps,
-        shared_steps=shared,
-        batch=batch,
-        rate=rate,
-        warmup=warmup,
-        decay=decay,
-        clip=clip,
-        weight_decay=weight_decay,
-        dev_share=dev_share,
-        evaluate_every=evaluate_every,
-        patience=patience or None,
-        orders=permute_options,
-        seed=seed,
-        checkpoint_seconds=checkpoint_seconds,
-        context_memory=None if cache_mb is None else cache_mb << 20,
-        licence=licence,
-    )
+    given: dict[str, Any] = {
+        "placement": placement,
+        "kind": kind,
+        "virtual_tokens": virtual_tokens,
+        "init": init,
+        "experts": named,
+        "steps": steps,
+        "shared_steps": shared,
+        "batch": batch,
+        "rate": rate,
+        "warmup": warmup,
+        "decay": decay,
+        "clip": clip,
+        "weight_decay": weight_decay,
+        "dev_share": dev_share,
+        "evaluate_every": evaluate_every,
+        "patience": patience or None,
+        "orders": permute_options,
+        "seed": seed,
+        "checkpoint_seconds": checkpoint_seconds,
+        "context_memory": None if cache_mb is None else cache_mb << 20,
+        "licence": licence,
+    }
+    try:
+        settings = Settings(**given)
+    except WhispersError as error:
+        typed = {**given, "patience": patience, "context_memory": cache_mb}
+        raise WhispersError(_by_flag(str(error), typed)) from error
     from whispers_engine.pull import BUILT_IN
 
     if model in BUILT_IN:
@@ -137,6 +151,19 @@ def train(
         _show(target, found)
 
 
+def _by_flag(message: str, typed: Mapping[str, Any]) -> str:
+    """What `Settings` refuses, in the words of the command line: `typed` has what its flags were given, by the settings' names."""
+    name, _, rest = message.partition(":")
+    if name not in typed:
+        return f"--{message}"  # a placement that another kind has
+    accepted = rest.partition("; ")[2]
+    if name == "patience":
+        accepted = accepted.replace("at least 1", "at least 0")  # which stands for None
+    flag = _FLAGS.get(name) or "--" + name.replace("_", "-")
+    number = repr(typed[name]).removesuffix(".0")  # an integer, as most type it
+    return f"{flag} {number}; {accepted.removesuffix(', or None')}"
+
+
 def _show(target: Path, found: dict[str, Any]) -> None:
     table = Table(title=f"{target}: {len(found['experts'])} experts, {found['placement']}", title_justify="left")
     for column in ("name", "examples", "held out", "steps", "kept", "first loss", "last loss", "held out loss"):
@@ -157,4 +184,5 @@ def _show(target: Path, found: dict[str, Any]) -> None:
     out.print(
         f"{found['examples']} examples in {found['seconds']:.0f} s, {found['contexts']} contexts computed, {found['dtype']}",
         style="dim",
+        soft_wrap=True,
     )

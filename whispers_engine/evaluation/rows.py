@@ -101,7 +101,7 @@ class Scores:
         return softmax(self.logprobs(item.prompt, item.options, expert))
 
     def pooled(self, item: Item, team: Team, weights: Weights, aggregate: str) -> Outcome:
-        """What a committee answers (DESIGN section 4): `mixture` and `product` pool probabilities; `vote` gives every option the weight
+        """What a committee answers (docs/aggregation.md): `mixture` and `product` pool probabilities; `vote` gives every option the weight
         of those who choose it; `delegate` is the heaviest expert's answer."""
         names = [name for name, _ in weights]
         share = np.array([weight for _, weight in weights])

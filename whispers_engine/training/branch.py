@@ -1,6 +1,6 @@
 """The differentiable forward: the rows of a batch's branches through the frozen base, over contexts whose keys and values are kept.
 
-Only inputs get gradients. Three placements are one forward with other rows and other keys (DESIGN section 2):
+Only inputs get gradients. Three placements are one forward with other rows and other keys (docs/semantics.md):
 
     suffix    rows: soft prompt, header, answer            keys: the cached context, the branch's own rows
     detached  rows: header, answer; each soft prompt once  keys: the cached context, the soft prompt's, the branch's own rows

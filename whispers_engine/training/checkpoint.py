@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import WhispersError
-from ..files import new_file
+from ..files import new_file, system_errors
 
 FILE = "state.safetensors"
 VERSION = 1  # changes with what a step computes: other versions' checkpoints are not continued
@@ -39,7 +39,7 @@ class State:
 def save(folder: Path, state: State) -> None:
     """Writes the state; the file before it stands until the new one is complete."""
     head = {"version": VERSION, "key": state.key, "phase": state.phase, "step": state.step, "notes": state.notes}
-    with new_file(folder / FILE) as path:
+    with new_file(folder / FILE) as path, system_errors(path):
         tensors = {name: value.contiguous().cpu() for name, value in state.tensors.items()}
         save_file(tensors, path, metadata={"state": json.dumps(head)})
 

@@ -169,6 +169,8 @@ def _chosen(source: RecordFile, cultures: list[str], wanted: Sequence[str] | Non
         cultures = list(dict.fromkeys(by_name[name] for name in wanted))
         if not cultures:
             raise WhispersError(f"experts: none is named; accepted: cultures of {source.path}")
+        if len(cultures) != len(wanted):  # by its own name and its expert's, too
+            raise WhispersError(f"experts: {list(wanted)!r} names one twice; accepted: every name once")
     taken: dict[str, str] = {}
     for culture in cultures:
         name = expert_name(culture)

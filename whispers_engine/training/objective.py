@@ -1,4 +1,4 @@
-"""What is minimised, by the form of the data (DESIGN section 5)."""
+"""What is minimised, by the form of the data (docs/training.md)."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ class Settings:
         steps: of every expert; 0: the shared soft prompt is all that is trained, and becomes the only expert.
         shared_steps: before those, of one soft prompt trained on all cultures, from which every expert then starts; 0: none.
         batch: examples an expert and step.
-        rate: the largest learning rate.
+        rate: the largest learning rate, above 0.
         warmup: the share of the steps in which the rate rises.
         decay: how it falls to zero after that: "linear", "cosine", or "none".
         clip: the largest norm of an expert's gradient, above 0; None: any.
@@ -66,13 +66,14 @@ class Settings:
     licence: str | None = None
 
     def __post_init__(self) -> None:
-        for name, value, accepted in (
-            ("placement", self.placement, PLACEMENTS if self.kind == "embeddings" else ("prefix", "detached")),
-            ("kind", self.kind, KINDS),
-            ("decay", self.decay, DECAYS),
-        ):
+        for name, value, accepted in (("kind", self.kind, KINDS), ("decay", self.decay, DECAYS)):
             if value not in accepted:
                 raise WhispersError(f"{name}: {value!r}; accepted: {', '.join(accepted)}")
+        placements = PLACEMENTS if self.kind == "embeddings" else ("prefix", "detached")
+        if self.placement not in placements:
+            raise WhispersError(
+                f"placement {self.placement!r} of kind {self.kind!r}; accepted: {', '.join(placements)}"
+            )
         for name, number, least in (
             ("virtual_tokens", self.virtual_tokens, 1),
             ("steps", self.steps, 0 if self.shared_steps else 1),
@@ -88,14 +89,14 @@ class Settings:
             if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < least):
                 raise WhispersError(f"{name}: {number!r}; accepted: an integer, at least {least}")
         for name, real, low, high in (
-            ("rate", self.rate, 0.0, math.inf),
             ("warmup", self.warmup, 0.0, 1.0),
-            ("clip", self.clip, 0.0, math.inf),
             ("weight_decay", self.weight_decay, 0.0, math.inf),
             ("dev_share", self.dev_share, 0.0, 1.0),
             ("checkpoint_seconds", self.checkpoint_seconds, 0.0, math.inf),
         ):
             if real is not None and not (isinstance(real, int | float) and low <= real <= high and real != math.inf):
                 raise WhispersError(f"{name}: {real!r}; accepted: a number from {low:g} to {high:g}")
-        if self.clip == 0:  # of a gradient cut to nothing, nothing is learned
-            raise WhispersError(f"clip: {self.clip!r}; accepted: a number above 0, or None")
+        # With a rate of 0, or of a gradient cut to nothing, nothing is learned.
+        for name, size, others in (("rate", self.rate, ""), ("clip", self.clip, ", or None")):
+            if size is not None and not (isinstance(size, int | float) and 0 < size < math.inf):
+                raise WhispersError(f"{name}: {size!r}; accepted: a number above 0{others}")
