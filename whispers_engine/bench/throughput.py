@@ -21,7 +21,7 @@ from .steps import SOFT_TOKENS, Decoded, Prompt, Rig
 
 PEERS = {"transformers": "dynamic", "transformers-static": "static", "transformers-compiled": "compiled"}
 _ROUNDS = 2  # of all steps, alternately
-_CHECKED = (3, 100, 8)  # experts, context, new tokens: three experts over more than one page
+_CHECKED = (3, 100, 12)  # experts, context, new tokens: three experts over more than one page
 
 Report = dict[str, Any]
 
