@@ -26,9 +26,9 @@ from whispers_engine.bench import (
     field,
     gguf_file,
     hf,
+    judge,
     llama,
     llamacpp,
-    outcomes,
     work,
 )
 from whispers_kernels import reference
@@ -418,7 +418,7 @@ def test_what_was_timed_is_judged(command: str, bench: Bench, plain: Tiny, monke
 
 
 def test_runs_of_one_prompt_are_judged_once() -> None:
-    seen = outcomes.Outcomes()
+    seen = judge.Outcomes()
     for tokens in ([[1, 2], [3, 4]], [[1], [3]], [[1, 2, 5], [3, 4, 6]], [[1, 9], [3, 4]], [[1], [3]]):
         seen.add("a", tokens)
     judged = []

@@ -15,14 +15,12 @@ from whispers_engine.config import DTYPES
 from whispers_engine.engine import base_folder, device_of
 from whispers_engine.errors import WhispersError
 
-from .check import by_how_much, judge_tokens
 from .committee import Committee
 from .contest import OURS, Rounds, Run, compare, hardest, in_turn, share_equal
 from .field import Entry, Field, matched, peers_of, random_prompt
-from .hf import Transformers
+from .judge import CHECKED_TOKENS, Judge, Outcomes
 from .llamacpp import features
 from .measure import Ceilings, ceilings, environment, implementation, rounded
-from .outcomes import Outcomes, Tokens
 from .peers import Unavailable
 from .steps import Decoded, Prompt
 from .work import Work
@@ -30,7 +28,6 @@ from .work import Work
 SHAPES = ((1, 512), (8, 512), (1, 2048), (8, 2048), (32, 2048))  # experts, context
 CONTEXTS = (512, 2048)
 PRIVATE = 16  # tokens of each expert behind the context: soft prompt and header
-_CHECKED_STEPS, _CHECKED_TOKENS = 4, 32  # at least, of every expert and of all
 _ROUND_MS = 3000.0  # a contender whose steps are slow takes fewer of them a round, three at least
 
 Report = dict[str, Any]
@@ -64,6 +61,7 @@ class _Setup(NamedTuple):
     settings: Settings
     ours: Committee
     field: Field
+    judge: Judge
     peers: list[str]
     dtype: torch.dtype
     work: Work
@@ -168,7 +166,7 @@ def _set_up(
         impl=settings.impl,
         quantization=settings.quantization,
         kv_cache_tokens=positions
-        + _CHECKED_TOKENS
+        + CHECKED_TOKENS
         + 128 * (experts + 2),  # pages are begun, and not filled, by the context and every branch
         max_num_seqs=max(256, experts),
     )
@@ -190,7 +188,8 @@ def _set_up(
     except Unavailable as error:
         report["llama.cpp"] = str(error)
     peers = peers_of(settings.vs, model.dtype)
-    return _Setup(settings, ours, field, peers, model.dtype, work, top, progress), report
+    judge = Judge(ours, field, model.dtype, settings.quantization is not None)
+    return _Setup(settings, ours, field, judge, peers, model.dtype, work, top, progress), report
 
 
 def _finished(report: Report) -> Report:
@@ -206,7 +205,8 @@ def _decode(setup: _Setup, experts: int, context: int) -> Report:
         setup.progress(f"{experts} experts, {context} tokens: {what}")
 
     prompt = random_prompt(setup.field.embeddings(), experts, context)
-    result = _head(setup, "decode_step", experts, context, _checked(setup, prompt, experts, tell))
+    tell("checking ours")
+    result = _head(setup, "decode_step", experts, context, setup.judge.ours_checked(prompt, experts))
     if not result["ok"]:
         return result
     new_tokens = settings.steps + 1
@@ -227,7 +227,7 @@ def _decode(setup: _Setup, experts: int, context: int) -> Report:
     decodes = {OURS: ours.decode} | {entry.name: entry.decode for entry in entries}
     runs: dict[str, Run] = {name: partial(run, name, decode) for name, decode in decodes.items()}
     times, failed = _timed(entries, runs, settings.rounds, tell)
-    if not _outcomes_right(setup, prompt, result, entries, outcomes, times, failed):
+    if not setup.judge.outcomes_right(prompt, result, entries, outcomes, times, failed):
         return result
     equal = {entry.name: share_equal(tokens[OURS], tokens[entry.name]) for entry in entries if entry.name in times}
     result |= _figures(
@@ -247,7 +247,8 @@ def _prefill(setup: _Setup, context: int) -> Report:
         setup.progress(f"{context} tokens: {what}")
 
     prompt = random_prompt(setup.field.embeddings(), 1, context)
-    result = _head(setup, "prefill", 1, context, _checked(setup, prompt, 1, tell))
+    tell("checking ours")
+    result = _head(setup, "prefill", 1, context, setup.judge.ours_checked(prompt, 1))
     if not result["ok"]:
         return result
     tell("checking peers")
@@ -263,7 +264,7 @@ def _prefill(setup: _Setup, context: int) -> Report:
     prefills = {OURS: setup.ours.prefill} | {entry.name: entry.prefill for entry in entries}
     runs: dict[str, Run] = {name: partial(run, name, prefill) for name, prefill in prefills.items()}
     times, failed = _timed(entries, runs, setup.settings.rounds, tell)
-    if not _outcomes_right(setup, prompt, result, entries, outcomes, times, failed):
+    if not setup.judge.outcomes_right(prompt, result, entries, outcomes, times, failed):
         return result
     result |= _figures(setup, entries, times, left_out | failed, setup.work.prefill(context))
     return result | {"tokens_s": context / result["ours_ms"] * 1e3}
@@ -276,7 +277,8 @@ def _answer(setup: _Setup, experts: int, context: int, new_tokens: int) -> Repor
         setup.progress(f"{experts} experts, {context} tokens: {what}")
 
     prompt = random_prompt(setup.field.embeddings(), experts, context)
-    result = _head(setup, "answer", experts, context, _checked(setup, prompt, experts, tell))
+    tell("checking ours")
+    result = _head(setup, "answer", experts, context, setup.judge.ours_checked(prompt, experts))
     if not result["ok"]:
         return result
     tell("checking peers")
@@ -296,7 +298,7 @@ def _answer(setup: _Setup, experts: int, context: int, new_tokens: int) -> Repor
     runs: dict[str, Run] = {OURS: partial(run, OURS, setup.ours.decode, setup.ours.forget)}
     runs |= {entry.name: partial(run, entry.name, entry.decode, entry.forget) for entry in entries}
     times, failed = _timed(entries, runs, setup.settings.rounds, tell)
-    if not _outcomes_right(setup, prompt, result, entries, outcomes, times, failed):
+    if not setup.judge.outcomes_right(prompt, result, entries, outcomes, times, failed):
         return result
     begun, step = setup.work.prefill(context), setup.work.decode(experts, context, PRIVATE + new_tokens / 2)
     # The first new token costs no step. Private tokens are left out, which keeps the floor below what any implementation needs.
@@ -323,62 +325,6 @@ def _timed(
 def _head(setup: _Setup, op: str, experts: int, context: int, checked: Report) -> Report:
     dtype = setup.settings.quantization or str(setup.dtype).removeprefix("torch.")
     return {"op": op, "experts": experts, "context": context, "dtype": dtype, "ok": checked["ok"], "check": checked}
-
-
-def _checked(setup: _Setup, prompt: Prompt, experts: int, tell: Progress) -> Report:
-    """Ours against transformers in float32, on the tokens that ours chose."""
-    tell("checking ours")
-    steps = max(_CHECKED_STEPS, -(-_CHECKED_TOKENS // experts))
-    decoded = setup.ours.decode(prompt, experts, steps)
-    exact = setup.field.transformers(torch.float32).logprobs(prompt, decoded.tokens)
-    int8 = setup.settings.quantization is not None
-    half = torch.bfloat16 if int8 else setup.dtype
-    plain = exact if half == torch.float32 else setup.field.transformers(half).logprobs(prompt, decoded.tokens)
-    own = None
-    if int8:  # what its weights lose is `benchmarks/int8_loss.py`'s; here ours must compute what they say
-        own = _truth(setup).logprobs(prompt, decoded.tokens)
-        _truth(setup).forget()
-    return judge_tokens(decoded.tokens, decoded.logprobs, exact, plain, half, own)
-
-
-def _truth(setup: _Setup) -> Transformers:
-    """Of what ours computes."""
-    return setup.field.transformers(torch.float32, setup.dtype if setup.settings.quantization else None)
-
-
-def _outcomes_right(
-    setup: _Setup,
-    prompt: Prompt,
-    result: Report,
-    entries: list[Entry],
-    outcomes: Outcomes,
-    times: dict[str, Rounds],
-    failed: dict[str, str],
-) -> bool:
-    """Judges what everybody answered while it was timed, as before. A peer that passed too much over leaves `times` for `failed`; where
-    ours did, `result` says so, and there is nothing to report."""
-
-    def passed_over(model: Transformers, tokens: Tokens) -> float:
-        alone = result["op"] == "prefill"
-        return by_how_much(
-            model.behind(prompt.context)[None, None] if alone else model.logprobs(prompt, tokens), tokens
-        )
-
-    ours = outcomes.worst(OURS, partial(passed_over, _truth(setup)))
-    checked = result["check"]
-    checked["passed_over_timed"] = ours
-    if not ours <= 2 * checked["budget"]:
-        result["ok"] = checked["ok"] = False
-        return False
-    plain = setup.field.transformers(torch.float32)
-    for entry in entries:
-        if entry.name in times:
-            budget = result["errors"][entry.peer]["budget"]
-            worst = outcomes.worst(entry.name, partial(passed_over, plain))
-            if not worst <= budget:
-                del times[entry.name]
-                failed[entry.name] = f"wrong while it was timed: passed over {worst:.1e}, budget {budget:.1e}"
-    return True
 
 
 def _figures(
