@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import tests.engine.test_cli as cli
 import whispers_engine.engine as engine_module
 import whispers_engine.similarity as similarity
 from tests.engine.conftest import Tiny, make_tiny, soft_prompt
 from tests.engine.test_cli import Whispers, row, rows
+from tests.engine.test_weights import copied
 from whispers_engine import Committee, Engine, Expert
 from whispers_engine.weights import Checkpoint
 
@@ -172,6 +174,18 @@ def test_no_other_weights_are_read(whispers: Whispers, mine: Path, monkeypatch: 
     monkeypatch.setattr(engine_module, "Model", None)
     assert whispers("experts", "show", "--committee", mine).status == 0
     assert asked == ["model.embed_tokens.weight"]
+
+
+def test_a_base_that_has_its_head_alone(whispers: Whispers, llama: Tiny, tmp_path: Path) -> None:
+    """Tied, the head is the embeddings, whatever the file calls them."""
+    base, folder = copied(llama.folder, tmp_path / "alone", tie_word_embeddings=True), tmp_path / "committee"
+    tensors = load_file(llama.folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    engine = Engine(base, dtype="float32", kv_cache_tokens=256)
+    Committee.add(folder, soft_prompt(llama, 4, 1, "north", "suffix"), engine.model_name, engine.fingerprint)
+    ran = whispers("experts", "show", "north", "--committee", folder, "--json")
+    assert ran.status == 0 and json.loads(ran.out)["name"] == "north"
 
 
 def test_another_base(whispers: Whispers, mine: Path, llama: Tiny, tmp_path: Path) -> None:

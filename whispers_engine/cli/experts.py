@@ -151,7 +151,7 @@ def _tokens(folder: Path, committee: Committee, model: str | None) -> tuple[dict
         )
     for expert in committee.experts:
         expert.check_fits(config, fingerprint)
-    table = checkpoint.tensor("model.embed_tokens.weight", config.vocab_size, config.hidden_size)
+    table = checkpoint.tensor(checkpoint.embeddings_name(config), config.vocab_size, config.hidden_size)
     return {"name": name, "fingerprint": fingerprint}, table, load_tokenizer(base)
 
 
